@@ -1,0 +1,92 @@
+"""Every failure as OpenAI's error JSON. The one place where exceptions become HTTP answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from service.api.validation import explain
+from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError, TooLarge, Unavailable
+
+log = logging.getLogger("tunesmith.http")
+
+DATABASE_RETRY_AFTER_S = 1.0
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer in OpenAI's shape whatever a route raises. Faults of our own are caught by the middleware around."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        headers = _allow_header(request) if _is_405(error) else {}
+        return error_response(error, headers)
+
+    for kind in (ServiceError, RequestValidationError, HTTPException, OperationalError, PoolTimeout):
+        app.add_exception_handler(kind, handle)
+
+
+def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The HTTP answer to an exception."""
+    known = to_service_error(error)
+    headers = dict(headers or {})
+    if known.retry_after_s is not None:
+        # Clients read the exact milliseconds first; the plain header takes whole seconds only.
+        headers["retry-after"] = str(max(1, math.ceil(known.retry_after_s)))
+        headers["retry-after-ms"] = str(round(known.retry_after_s * 1000))
+    return JSONResponse(known.body(), status_code=known.status, headers=headers)
+
+
+def to_service_error(error: Exception) -> ServiceError:
+    """Any exception as one that may be shown; what we do not know becomes a 500 without details."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return explain(error)
+    if isinstance(error, HTTPException):
+        return _from_http(error)
+    if isinstance(error, OperationalError | PoolTimeout):
+        log.warning("the database did not answer: %s", error.orig if isinstance(error, OperationalError) else error)
+        return Unavailable("The database is busy or unreachable; try again.", retry_after_s=DATABASE_RETRY_AFTER_S)
+    return ServiceError("The service had an internal fault; the request id finds it in the service's log.")
+
+
+def _from_http(error: HTTPException) -> ServiceError:
+    if error.status_code == 404:
+        return NotFound("Unknown request URL. Check the path, and that base_url ends in '/v1'.", code="unknown_url")
+    if error.status_code == 405:
+        return MethodNotAllowed("This URL exists, but not for this HTTP method; see the Allow header.")
+    if error.status_code == 413:
+        return TooLarge(f"The request body is too large: {error.detail}")
+    if error.status_code < 500:
+        return InvalidRequest(f"The request body could not be read: {error.detail}", code="invalid_body")
+    return ServiceError("The service had an internal fault; the request id finds it in the service's log.")
+
+
+def _is_405(error: Exception) -> bool:
+    return isinstance(error, HTTPException) and error.status_code == 405
+
+
+def _allow_header(request: Request) -> dict[str, str]:
+    """Methods of every route of this path: the framework's own header knows only the first one's."""
+    allowed: set[str] = set()
+    for route in _flat_routes(request.app.routes):
+        match, _ = route.matches(request.scope)
+        if match != Match.NONE:
+            allowed |= set(getattr(route, "methods", None) or ())
+    return {"allow": ", ".join(sorted(allowed - {"HEAD"}))} if allowed else {}
+
+
+def _flat_routes(routes: Any) -> list[Any]:
+    flat: list[Any] = []
+    for route in routes:
+        nested = getattr(getattr(route, "original_router", None), "routes", None)
+        flat += [route] if nested is None else _flat_routes(nested)
+    return flat

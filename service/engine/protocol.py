@@ -1,0 +1,105 @@
+"""What an engine is: the small protocol between a replica and inference. No Ray, no HTTP, no torch.
+
+One engine serves one base model and any number of adapters on it. A request is a list of token ids with sampling
+parameters; the answer is a stream of deltas. Text is detokenised in the engine, so that a stop string across token
+borders or a UTF-8 character in two tokens is handled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. `temperature=0` is greedy; `seed` fixes the random draws of this request's sequences."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """A LoRA adapter by immutable id, in a local folder with adapter_config.json and adapter_model.safetensors (PEFT)."""
+
+    id: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt, `n` independent continuations. Sequence i of a seeded request draws from its own stream (seed, i)."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    n: int = 1
+    adapter: AdapterRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one choice. The last delta of a choice carries its finish reason."""
+
+    index: int
+    text: str
+    num_tokens: int  # tokens this delta stands for; text may lag behind while a character is incomplete
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and for routing."""
+
+    num_running: int
+    num_waiting: int
+    num_generated_tokens: int
+    resident_adapters: tuple[str, ...] = ()
+    num_adapter_loads: int = 0
+    adapter_load_s: tuple[float, ...] = field(default=())  # recent loads, newest last
+
+
+class QueueFull(Exception):
+    """The engine's bounded waiting queue is full; try again later."""
+
+
+class AdapterMismatch(Exception):
+    """The adapter cannot run on this base; the message says why."""
+
+
+class Engine(Protocol):
+    """Inference for one base model."""
+
+    max_context: int  # tokens, prompt and output together
+
+    async def start(self) -> None:
+        """Load the weights; returns when ready to generate."""
+        ...
+
+    async def load_adapter(self, adapter: AdapterRef) -> None:
+        """Make an adapter resident, evicting the least recently used idle one; AdapterMismatch if it cannot run."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[list[Delta]]:
+        """Stream deltas, those of one step together; closing the iterator frees the sequences within one step.
+
+        Loads the adapter if it is not resident. QueueFull before the first delta when too much waits."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Current counts; cheap."""
+        ...
+
+    async def stop(self) -> None:
+        """End all sequences and free the weights."""
+        ...

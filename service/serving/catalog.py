@@ -1,0 +1,137 @@
+"""From the name in a request to the immutable model and the app that serves it.
+
+The catalog's version is read from the database in every request, so that a moved alias is seen by every request that
+is accepted after the move returned; only what that version implies is cached. Owns no SQL and no Serve call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sqlalchemy.orm import Session
+
+from service.errors import NotFound, Unavailable
+from service.serving.messages import Deployable, Folder, Target
+from service.store import aliases, bases, models
+from service.store import catalog as versions
+from service.store.tables import BaseModel, Model
+
+MAX_CACHED_NAMES = 10_000
+RETRY_AFTER_S = 2.0
+
+__all__ = ["Catalog", "Target", "base_deployable", "full_deployable", "model_not_found"]
+
+
+def model_not_found(name: str) -> NotFound:
+    """OpenAI's answer for a name that means nothing here, or nothing to this key."""
+    message = f"The model `{name}` does not exist or you do not have access to it."
+    return NotFound(message, param="model", code="model_not_found")
+
+
+def base_deployable(base: BaseModel) -> Deployable:
+    """What the app of a ready base hosts."""
+    assert base.storage_key is not None
+    assert base.manifest_hash is not None
+    return Deployable(kind="base", id=base.id, base_id=base.id, folder=Folder(base.storage_key, base.manifest_hash))
+
+
+def full_deployable(model: Model) -> Deployable:
+    """What the app of a full fine-tuned model hosts."""
+    folder = Folder(model.storage_key, model.manifest_hash)
+    return Deployable(kind="full", id=model.id, base_id=model.base_id, folder=folder)
+
+
+class Catalog:
+    """Resolves names; one per process, used from many threads (entries are replaced whole, never changed)."""
+
+    def __init__(self) -> None:
+        self._cache: dict[tuple[str, str], tuple[int, Target]] = {}
+
+    def resolve(self, tx: Session, project_id: str, name: str) -> Target:
+        """The target of a base id, model id, checkpoint id or alias. NotFound if unknown, Unavailable while preparing.
+
+        An immutable id wins over an alias of the same name: it must never come to mean other weights.
+        """
+        version = versions.version(tx)
+        cached = self._cache.get((project_id, name))
+        if cached is not None and cached[0] == version:
+            return cached[1]
+        target = _by_id(tx, project_id, name, name) or _by_alias(tx, project_id, name)
+        if target is None:
+            raise model_not_found(name)
+        if len(self._cache) >= MAX_CACHED_NAMES:
+            self._cache.clear()
+        self._cache[project_id, name] = (version, target)
+        return target
+
+
+def _by_alias(tx: Session, project_id: str, name: str) -> Target | None:
+    found = aliases.current(tx, project_id, name)
+    if found is None or not found[1]:
+        return None
+    revision, targets = found
+    live = [target for target in targets if target.role == "live"]
+    assert len(live) == 1, f"alias {name} has {len(live)} live targets"
+    target = _by_id(tx, project_id, live[0].model_id, name)
+    if target is None:
+        return None
+    return replace(target, alias=name, alias_revision=revision.revision)
+
+
+def _by_id(tx: Session, project_id: str, model_id: str, name: str) -> Target | None:
+    """The target of an immutable id; `name` is what the request called it, for messages."""
+    base = _base_or_none(tx, model_id)
+    if base is not None:
+        return _base_target(base, name)
+    try:
+        model = models.get(tx, project_id, model_id)
+    except NotFound:
+        return None
+    return _model_target(tx, model, name)
+
+
+def _base_or_none(tx: Session, base_id: str) -> BaseModel | None:
+    try:
+        return bases.get(tx, base_id)
+    except NotFound:
+        return None
+
+
+def _base_target(base: BaseModel, name: str) -> Target:
+    _check_ready(base, name)
+    assert base.max_context is not None
+    return Target(
+        model_id=base.id,
+        base_id=base.id,
+        kind="base",
+        deployable=base_deployable(base),
+        adapter=None,
+        capabilities=tuple(base.capabilities),
+        max_context=base.max_context,
+    )
+
+
+def _model_target(tx: Session, model: Model, name: str) -> Target:
+    base = _base_or_none(tx, model.base_id)
+    if base is None or base.content_hash not in (None, model.base_content_hash):
+        raise Unavailable(f"The base `{model.base_id}` of the model `{name}` is no longer here.", param="model")
+    _check_ready(base, name)
+    assert base.max_context is not None
+    is_full = model.kind == "full"
+    return Target(
+        model_id=model.id,
+        base_id=model.base_id,
+        kind="full" if is_full else "adapter",
+        deployable=full_deployable(model) if is_full else base_deployable(base),
+        adapter=None if is_full else Folder(model.storage_key, model.manifest_hash),
+        capabilities=tuple(model.capabilities),
+        max_context=base.max_context,
+    )
+
+
+def _check_ready(base: BaseModel, name: str) -> None:
+    if base.status == "preparing":
+        message = f"The model `{name}` is still being prepared. Try again soon."
+        raise Unavailable(message, param="model", code="model_not_ready", retry_after_s=RETRY_AFTER_S)
+    if base.status != "ready":
+        raise model_not_found(name)

@@ -1,0 +1,80 @@
+"""Uploaded and produced files. The row is the commit: bytes without a row do not count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session
+
+from service.errors import NotFound
+from service.store.database import now
+from service.store.tables import File
+
+
+def create(
+    tx: Session,
+    *,
+    project_id: str,
+    created_by: str | None,
+    id: str,
+    filename: str,
+    purpose: str,
+    size_bytes: int,
+    sha256: str,
+    storage_key: str,
+    status: str = "uploaded",
+    expires_at: float | None = None,
+) -> File:
+    """Record a file whose bytes are complete in storage."""
+    file = File(
+        id=id,
+        created_at=now(),
+        project_id=project_id,
+        created_by=created_by,
+        filename=filename,
+        purpose=purpose,
+        size_bytes=size_bytes,
+        sha256=sha256,
+        storage_key=storage_key,
+        status=status,
+        expires_at=expires_at,
+    )
+    tx.add(file)
+    tx.flush()
+    return file
+
+
+def in_project(project_id: str, purpose: str | None = None) -> list[ColumnElement[bool]]:
+    """Conditions of the file list of a project."""
+    where = [File.project_id == project_id, File.deleted_at.is_(None)]
+    return where if purpose is None else [*where, File.purpose == purpose]
+
+
+def get(tx: Session, project_id: str, file_id: str) -> File:
+    """The project's file; deleted ones count as absent."""
+    file = tx.scalar(select(File).where(File.id == file_id, *in_project(project_id)))
+    if file is None:
+        raise NotFound(f"No such File object: {file_id}", param="id")
+    return file
+
+
+def by_id(tx: Session, file_id: str) -> File | None:
+    """Any file, deleted or not; for workers."""
+    return tx.scalar(select(File).where(File.id == file_id))
+
+
+def set_validated(
+    tx: Session, file_id: str, *, status: str, details: str | None, report: dict[str, Any] | None
+) -> None:
+    """Store the outcome of validation."""
+    file = by_id(tx, file_id)
+    assert file is not None, file_id
+    file.status, file.status_details, file.report = status, details, report
+
+
+def delete(tx: Session, project_id: str, file_id: str) -> File:
+    """Mark a file deleted; its bytes go later, by a task."""
+    file = get(tx, project_id, file_id)
+    file.deleted_at = now()
+    return file

@@ -1,0 +1,363 @@
+"""Records: what one line of a training file may hold, and how a bad line is explained to its author.
+
+Three kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`) and text (`text`).
+A chat record ends with an assistant message and trains on at least one. The legacy `functions` / `function_call` form
+is read as tools. Whether a model's chat template can render a record is `training.render`'s question.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import IO, Any, Literal
+
+from training.spec import Contract
+from training.strict_json import (
+    ARRAY,
+    MAX_LINE_BYTES,
+    Fault,
+    check_keys,
+    decode,
+    filled_field,
+    filled_list,
+    optional_text,
+    rename_hint,
+    require,
+    show,
+    text_field,
+)
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+RecordKind = Literal["chat", "completion", "text"]
+
+
+class FunctionCall(Contract):
+    """The function an assistant calls; `arguments` is JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Contract):
+    """One call in an assistant message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Contract):
+    """One turn. `weight` 0 keeps an assistant message out of the loss; `refusal` is its text when it declines."""
+
+    role: Role
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+    weight: Literal[0, 1] | None = None
+    refusal: str | None = None
+
+
+class ChatRecord(Contract):
+    """A conversation; the loss is on assistant messages."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class CompletionRecord(Contract):
+    """A prompt and its completion; the loss is on the completion."""
+
+    prompt: str
+    completion: str
+
+
+class TextRecord(Contract):
+    """Plain text; the loss is on all of it."""
+
+    text: str
+
+
+Record = ChatRecord | CompletionRecord | TextRecord
+SHAPES = '"messages" (chat), "prompt" and "completion", or "text"'
+
+
+class RecordError(ValueError):
+    """A line that cannot be used: its number (from 1) and what to mend."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(line, message)
+        self.line = line
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}"
+
+
+def kind_of(record: Record) -> RecordKind:
+    """The kind of a record; all records of a file share it."""
+    if isinstance(record, ChatRecord):
+        return "chat"
+    return "completion" if isinstance(record, CompletionRecord) else "text"
+
+
+def parse_line(line: bytes, number: int) -> Record:
+    """The record on a line, its number counted from 1. Raises RecordError, and nothing else, on any bytes."""
+    try:
+        return _record(decode(line, first=number == 1))
+    except Fault as fault:
+        raise RecordError(number, str(fault)) from None
+
+
+def iter_records(file: IO[bytes]) -> Iterator[tuple[int, Record | RecordError]]:
+    """All lines of a JSONL file but the blank ones, one at a time: the number and the record, or what is wrong."""
+    first: tuple[int, RecordKind] | None = None
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            _skip_rest(file, line)
+        if not line.strip(b" \t\r\n"):
+            continue
+        try:
+            record = parse_line(line, number)
+            kind = kind_of(record)
+            first = first or (number, kind)
+            if kind != first[1]:
+                raise RecordError(number, f"a {kind} record in a file that starts with {first[1]} (line {first[0]})")
+        except RecordError as error:
+            yield number, error
+        else:
+            yield number, record
+
+
+def _skip_rest(file: IO[bytes], part: bytes) -> None:
+    while part and not part.endswith(b"\n"):
+        part = file.readline(1 << 20)
+
+
+def _record(value: Any) -> Record:
+    if isinstance(value, list):
+        raise Fault(ARRAY)
+    if not isinstance(value, dict):
+        raise Fault(f"{show(value)} is not a JSON object; a line must hold {SHAPES}")
+    if "messages" in value:
+        return _chat(value)
+    if "prompt" in value or "completion" in value:
+        check_keys(value, "", ("prompt", "completion"))
+        prompt, completion = (text_field(value, "", key) for key in ("prompt", "completion"))
+        require(completion, "completion: empty, nothing to train on")
+        return CompletionRecord(prompt=prompt, completion=completion)
+    if "text" in value:
+        check_keys(value, "", ("text",))
+        text = text_field(value, "", "text")
+        require(text, "text: empty, nothing to train on")
+        return TextRecord(text=text)
+    raise Fault(_unknown_shape(value))
+
+
+def _unknown_shape(value: dict[str, Any]) -> str:
+    keys = set(value)
+    if "conversations" in keys:
+        hint = 'this looks like ShareGPT: rename "conversations" to "messages", "from" to "role", "value" to "content"'
+    elif {"instruction", "output"} <= keys:
+        hint = 'this looks like Alpaca: join "instruction" and "input" into "prompt", rename "output" to "completion"'
+    elif {"question", "answer"} <= keys:
+        hint = 'rename "question" to "prompt" and "answer" to "completion"'
+    elif keys & {"preferred_output", "chosen", "rejected", "chosen_messages"}:
+        hint = "preference pairs cannot be used for supervised training"
+    else:
+        hint = ""
+    found = f"keys {', '.join(show(key) for key in list(value)[:6])}" if value else "no keys"
+    return f"unknown record shape with {found}; a line must hold {SHAPES}{'; ' + hint if hint else ''}"
+
+
+def _chat(value: dict[str, Any]) -> ChatRecord:
+    check_keys(value, "", ("messages", "tools", "parallel_tool_calls", "functions"))
+    items = filled_list(value["messages"], "messages")
+    reader = _Messages()
+    messages = tuple(reader.read(item, f"messages[{index}]") for index, item in enumerate(items))
+    last = messages[-1]
+    require(last.role == "assistant", f"messages[{len(messages) - 1}].role: the last message must be the assistant's")
+    trained = any(message.role == "assistant" and message.weight != 0 for message in messages)
+    require(trained, "messages: every assistant message has weight 0, nothing to train on")
+    parallel = value.get("parallel_tool_calls")
+    require(parallel is None or isinstance(parallel, bool), "parallel_tool_calls: must be true or false")
+    return ChatRecord(messages=messages, tools=_tools(value), parallel_tool_calls=parallel)
+
+
+class _Messages:
+    """Reads the messages of one record in order, remembering the calls that tool messages may answer."""
+
+    def __init__(self) -> None:
+        self.call_ids: set[str] = set()
+        self.legacy_calls: dict[str, str] = {}  # function name -> id that we gave its latest call
+
+    def read(self, item: Any, path: str) -> ChatMessage:
+        """One message, or a Fault that names the field."""
+        if not isinstance(item, dict):
+            raise Fault(f"{path}: {show(item)} is not an object with role and content")
+        role = item.get("role")
+        require("role" in item, f"{path}.role: missing{rename_hint(item, {'from': 'role'})}")
+        if role == "function":
+            return self._function_result(item, path)
+        known = isinstance(role, str) and role in _ROLE_KEYS
+        if not known:
+            raise Fault(f"{path}.role: {show(role)} is not a role; use system, developer, user, assistant or tool")
+        check_keys(item, path, _ROLE_KEYS[role], f" for role {role}")
+        fields: dict[str, Any] = {"role": role, "name": optional_text(item, path, "name")}
+        if role == "assistant":
+            fields |= self._assistant(item, path)
+        else:
+            fields["content"] = _content(item, path)
+            require(fields["content"] is not None, f"{path}.content: must be text, not null")
+        if role == "tool":
+            fields["tool_call_id"] = self._answered(item, path)
+        return ChatMessage(**fields)
+
+    def _assistant(self, item: dict[str, Any], path: str) -> dict[str, Any]:
+        calls = self._calls(item, path)
+        has_text = item.get("content") is not None or item.get("refusal") is not None
+        require(has_text or calls, f"{path}.content: must be text, unless the message has tool_calls or a refusal")
+        weight = item.get("weight")
+        valid = weight is None or (
+            not isinstance(weight, bool) and isinstance(weight, int | float) and weight in (0, 1)
+        )
+        if not valid:
+            raise Fault(f"{path}.weight: {show(weight)} is not 0 or 1")
+        return {
+            "content": _content(item, path) if item.get("content") is not None else None,
+            "refusal": optional_text(item, path, "refusal"),
+            "tool_calls": calls,
+            "weight": None if weight is None else int(weight),
+        }
+
+    def _calls(self, item: dict[str, Any], path: str) -> tuple[ToolCall, ...] | None:
+        legacy = item.get("function_call")
+        if item.get("tool_calls") is None:
+            return None if legacy is None else (self._legacy_call(legacy, f"{path}.function_call"),)
+        require(legacy is None, f"{path}: has both tool_calls and the older function_call; keep tool_calls")
+        calls = tuple(
+            self._call(call, f"{path}.tool_calls[{index}]")
+            for index, call in enumerate(filled_list(item["tool_calls"], f"{path}.tool_calls"))
+        )
+        ids = {call.id for call in calls}
+        require(len(ids) == len(calls), f"{path}.tool_calls: two calls share an id; each needs its own")
+        self.call_ids |= ids
+        return calls
+
+    def _call(self, value: Any, path: str) -> ToolCall:
+        if not isinstance(value, dict):
+            raise Fault(f"{path}: {show(value)} is not an object")
+        check_keys(value, path, ("id", "type", "function"))
+        call_id = filled_field(value, path, "id")
+        kind = value.get("type")
+        require(kind == "function", f'{path}.type: must be "function"')
+        return ToolCall(id=call_id, function=_function_call(value.get("function"), f"{path}.function"))
+
+    def _legacy_call(self, value: Any, path: str) -> ToolCall:
+        function = _function_call(value, path)
+        call_id = f"call_{len(self.call_ids)}"
+        self.call_ids.add(call_id)
+        self.legacy_calls[function.name] = call_id
+        return ToolCall(id=call_id, function=function)
+
+    def _answered(self, item: dict[str, Any], path: str) -> str:
+        call_id = filled_field(item, path, "tool_call_id")
+        known = call_id in self.call_ids
+        if not known:
+            raise Fault(f"{path}.tool_call_id: no earlier assistant message has a tool call with id {show(call_id)}")
+        return call_id
+
+    def _function_result(self, item: dict[str, Any], path: str) -> ChatMessage:
+        check_keys(item, path, ("role", "content", "name"), " for role function")
+        name = filled_field(item, path, "name")
+        called = name in self.legacy_calls
+        if not called:
+            raise Fault(f"{path}.name: no earlier assistant message has a function_call of {show(name)}")
+        content = _content(item, path)
+        require(content is not None, f"{path}.content: must be text, not null")
+        return ChatMessage(role="tool", content=content, name=name, tool_call_id=self.legacy_calls[name])
+
+
+_ROLE_KEYS: dict[str, tuple[str, ...]] = {
+    "system": ("role", "content", "name"),
+    "developer": ("role", "content", "name"),
+    "user": ("role", "content", "name"),
+    "assistant": ("role", "content", "name", "tool_calls", "weight", "refusal", "function_call"),
+    "tool": ("role", "content", "name", "tool_call_id"),
+}
+_FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+
+
+def _function_call(value: Any, path: str) -> FunctionCall:
+    require(isinstance(value, dict), f"{path}: must be an object with name and arguments")
+    check_keys(value, path, ("name", "arguments"))
+    name, arguments = filled_field(value, path, "name"), value.get("arguments")
+    problem = f"{path}.arguments: must be a JSON object written as a string, e.g. " + r'"{\"altitude\": 100}"'
+    require(isinstance(arguments, str), problem)
+    try:
+        parsed = decode(str(arguments).encode())
+    except Fault as fault:
+        raise Fault(f"{problem} ({fault})") from None
+    require(isinstance(parsed, dict), problem)
+    return FunctionCall(name=name, arguments=str(arguments))
+
+
+def _tools(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    tools, functions = value.get("tools"), value.get("functions")
+    if tools is None and functions is None:
+        return None
+    require(tools is None or functions is None, "functions: is the older form of tools; keep only tools")
+    if tools is None:
+        return tuple(
+            {"type": "function", "function": _function(function, f"functions[{index}]")}
+            for index, function in enumerate(filled_list(functions, "functions"))
+        )
+    for index, tool in enumerate(filled_list(tools, "tools")):
+        path = f"tools[{index}]"
+        if not isinstance(tool, dict):
+            raise Fault(f"{path}: {show(tool)} is not an object with type and function")
+        check_keys(tool, path, ("type", "function"))
+        require(tool.get("type") == "function", f'{path}.type: must be "function"')
+        _function(tool.get("function"), f"{path}.function")
+    return tuple(tools)
+
+
+def _function(value: Any, path: str) -> dict[str, Any]:
+    require(isinstance(value, dict), f"{path}: must be an object with a name, and description and parameters if any")
+    check_keys(value, path, ("name", "description", "parameters", "strict"))
+    name = filled_field(value, path, "name")
+    fits = _FUNCTION_NAME.fullmatch(name)
+    if not fits:
+        raise Fault(f"{path}.name: {show(name)} is not 1 to 64 letters, digits, dots, dashes and underscores")
+    optional_text(value, path, "description")
+    parameters = value.get("parameters")
+    require(parameters is None or isinstance(parameters, dict), f"{path}.parameters: must be a JSON schema object")
+    strict = value.get("strict")
+    require(strict is None or isinstance(strict, bool), f"{path}.strict: must be true or false")
+    return value
+
+
+def _content(item: dict[str, Any], path: str) -> str | None:
+    """Text of a message; a list of text parts is joined, other parts are refused."""
+    require("content" in item, f"{path}.content: missing{rename_hint(item, {'value': 'content', 'text': 'content'})}")
+    content = item["content"]
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Fault(f"{path}.content: {show(content)} is not text")
+    return "".join(
+        _part(part, f"{path}.content[{index}]") for index, part in enumerate(filled_list(content, f"{path}.content"))
+    )
+
+
+def _part(part: Any, path: str) -> str:
+    require(isinstance(part, dict), f'{path}: must be {{"type": "text", "text": …}}')
+    kind = part.get("type")
+    if isinstance(kind, str) and kind.startswith(("image", "input_audio", "audio", "video", "file")):
+        raise Fault(f"{path}.type: {show(kind)} cannot be trained on; only text parts are accepted")
+    require(kind == "text", f'{path}.type: {show(kind)} is not a part type; only "text" is accepted')
+    check_keys(part, path, ("type", "text"))
+    return text_field(part, path, "text")

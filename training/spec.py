@@ -1,0 +1,85 @@
+"""What to train: the one declaration of every hyperparameter, used by HTTP, CLI, tests and workers.
+
+A spec may leave hyperparameters on "auto"; `training.plan.resolve` returns the same spec with numbers in their place,
+and only a resolved spec can be run. Its JSON is stored with the job and inside the artifact.
+Imports the standard library and pydantic only, so that the API can validate a job without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+AUTO: Literal["auto"] = "auto"
+Auto = Literal["auto"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Contract(BaseModel):
+    """Base of every contract type: immutable, and unknown fields are refused rather than dropped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseRef(Contract):
+    """The base model that a run starts from: a folder in storage, named by its key and proved by its content hash."""
+
+    id: str
+    key: str
+    content_hash: str
+
+
+class LoraSpec(Contract):
+    """Low-rank adaptation (Hu et al. 2021): W + alpha / rank * B @ A on each target linear layer."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] | Auto = AUTO
+    alpha: PositiveFloat | Auto = AUTO
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class Hyperparameters(Contract):
+    """Optimisation settings. `learning_rate` is absolute; when given, `learning_rate_multiplier` must stay on auto."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = AUTO
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = AUTO  # examples per optimizer step, over all workers
+    learning_rate_multiplier: PositiveFloat | Auto = AUTO
+    learning_rate: PositiveFloat | Auto = AUTO
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_accumulation_steps: PositiveInt | Auto = AUTO  # micro-batches per optimizer step
+    max_length: PositiveInt | Auto = AUTO  # tokens per example; longer ones are refused by plan, never cut silently
+
+
+class TrainSpec(Contract):
+    """One fine-tuning run. `adapter=None` trains all weights."""
+
+    base: BaseRef
+    method: Literal["supervised"] = "supervised"
+    training_key: str  # storage key of the JSONL training file
+    validation_key: str | None = None
+    validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share held out when no validation file is given
+    adapter: LoraSpec | None = LoraSpec()
+    hyperparameters: Hyperparameters = Hyperparameters()
+    precision: Literal["fp32", "bf16"] | Auto = AUTO
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    num_workers: PositiveInt = 1
+    eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
+    checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
+    keep_checkpoints: PositiveInt = 3  # the last k stay; older ones are deleted
+
+    def unresolved(self) -> list[str]:
+        """Names of the fields still on auto, dotted; empty when the spec can be run."""
+        names = [name for name in ("precision", "eval_interval", "checkpoint_interval") if getattr(self, name) == AUTO]
+        names += [f"hyperparameters.{name}" for name, value in self.hyperparameters if value == AUTO]
+        if self.adapter is not None:
+            names += [f"adapter.{name}" for name, value in self.adapter if value == AUTO]
+        return names
