@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
 from dataclasses import dataclass
 from typing import Final
 
+from sqlalchemy.exc import OperationalError
+
 from service.errors import Forbidden, Unauthorized
 from service.store import keys
 from service.store.database import Database
+
+log = logging.getLogger(__name__)
 
 ADMIN: Final = "admin"  # holds every other scope
 TOUCH_INTERVAL_S: Final = 60.0  # `last_used_at` is written at most this often per key, so that reading stays cheap
@@ -63,8 +68,11 @@ class Authenticator:
             if moment - last < TOUCH_INTERVAL_S:
                 return
             self._touched[key_id] = moment
-        with self._db.write() as tx:
-            keys.touch(tx, key_id)
+        try:
+            with self._db.write() as tx:
+                keys.touch(tx, key_id)
+        except OperationalError:  # the database is busy: a late `last_used_at` is no reason to refuse a request
+            log.info("could not note the use of key %s", key_id)
 
 
 def _secret(authorization: str | None) -> str:

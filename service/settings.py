@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="Seconds that open streams get to finish at shutdown")
 
     engine: Literal["native", "echo"] = Field("native", description="Inference engine; echo answers without a model")
+    echo_token_interval_ms: float = Field(0.0, ge=0, description="Pause of the echo engine per token, for load tests")
     engine_num_cpus: float = Field(0.5, ge=0, description="CPUs that each engine replica reserves")
     engine_num_gpus: float = Field(0.0, ge=0, description="GPUs that each engine replica reserves")
     engine_num_threads: int = Field(
@@ -95,3 +96,14 @@ class Settings(BaseSettings):
     def is_single_node(self) -> bool:
         """Whether state lies on this machine's disk, so that every process must run here."""
         return self.resolved_database_url.startswith("sqlite") or "://" not in self.resolved_storage_url
+
+    def parsed_bases(self) -> list[tuple[str, str, str | None]]:
+        """`bases` as (id, source, revision); ValueError names the entry that is not of the form."""
+        found = []
+        for entry in filter(None, (part.strip() for part in self.bases.split(","))):
+            name, equals, source = entry.partition("=")
+            if not (name and equals and source):
+                raise ValueError(f"TUNESMITH_BASES: {entry!r} is not name=folder or name=hub-id@revision")
+            source, _, revision = source.partition("@")
+            found.append((name, source, revision or None))
+        return found

@@ -202,8 +202,7 @@ class _Messages:
         require("role" in item, f"{path}.role: missing{rename_hint(item, {'from': 'role'})}")
         if role == "function":
             return self._function_result(item, path)
-        known = isinstance(role, str) and role in _ROLE_KEYS
-        if not known:
+        if not isinstance(role, str) or role not in _ROLE_KEYS:
             raise Fault(f"{path}.role: {show(role)} is not a role; use system, developer, user, assistant or tool")
         check_keys(item, path, _ROLE_KEYS[role], f" for role {role}")
         fields: dict[str, Any] = {"role": role, "name": optional_text(item, path, "name")}
@@ -221,10 +220,7 @@ class _Messages:
         has_text = item.get("content") is not None or item.get("refusal") is not None
         require(has_text or calls, f"{path}.content: must be text, unless the message has tool_calls or a refusal")
         weight = item.get("weight")
-        valid = weight is None or (
-            not isinstance(weight, bool) and isinstance(weight, int | float) and weight in (0, 1)
-        )
-        if not valid:
+        if weight not in (None, 0, 1) or isinstance(weight, bool):
             raise Fault(f"{path}.weight: {show(weight)} is not 0 or 1")
         return {
             "content": _content(item, path) if item.get("content") is not None else None,
@@ -252,8 +248,7 @@ class _Messages:
             raise Fault(f"{path}: {show(value)} is not an object")
         check_keys(value, path, ("id", "type", "function"))
         call_id = filled_field(value, path, "id")
-        kind = value.get("type")
-        require(kind == "function", f'{path}.type: must be "function"')
+        require(value.get("type") == "function", f'{path}.type: must be "function"')
         return ToolCall(id=call_id, function=_function_call(value.get("function"), f"{path}.function"))
 
     def _legacy_call(self, value: Any, path: str) -> ToolCall:
@@ -265,16 +260,14 @@ class _Messages:
 
     def _answered(self, item: dict[str, Any], path: str) -> str:
         call_id = filled_field(item, path, "tool_call_id")
-        known = call_id in self.call_ids
-        if not known:
+        if call_id not in self.call_ids:
             raise Fault(f"{path}.tool_call_id: no earlier assistant message has a tool call with id {show(call_id)}")
         return call_id
 
     def _function_result(self, item: dict[str, Any], path: str) -> ChatMessage:
         check_keys(item, path, ("role", "content", "name"), " for role function")
         name = filled_field(item, path, "name")
-        called = name in self.legacy_calls
-        if not called:
+        if name not in self.legacy_calls:
             raise Fault(f"{path}.name: no earlier assistant message has a function_call of {show(name)}")
         content = _content(item, path)
         require(content is not None, f"{path}.content: must be text, not null")
@@ -329,8 +322,7 @@ def _function(value: Any, path: str) -> dict[str, Any]:
     require(isinstance(value, dict), f"{path}: must be an object with a name, and description and parameters if any")
     check_keys(value, path, ("name", "description", "parameters", "strict"))
     name = filled_field(value, path, "name")
-    fits = _FUNCTION_NAME.fullmatch(name)
-    if not fits:
+    if not _FUNCTION_NAME.fullmatch(name):
         raise Fault(f"{path}.name: {show(name)} is not 1 to 64 letters, digits, dots, dashes and underscores")
     optional_text(value, path, "description")
     parameters = value.get("parameters")

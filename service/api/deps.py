@@ -40,4 +40,5 @@ AdminDep = Annotated[Caller, Depends(caller("admin"))]
 FilesDep = Annotated[Caller, Depends(caller("files"))]
 JobsDep = Annotated[Caller, Depends(caller("jobs"))]
 ModelsDep = Annotated[Caller, Depends(caller("models"))]
+ModelsReadDep = Annotated[Caller, Depends(caller("models", "inference"))]  # whoever may call a model may see it
 InferenceDep = Annotated[Caller, Depends(caller("inference"))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +16,7 @@ from starlette.routing import Match
 from service.api.validation import explain
 from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError, TooLarge, Unavailable
 
-log = logging.getLogger("tunesmith.http")
+log = logging.getLogger(__name__)
 
 DATABASE_RETRY_AFTER_S = 1.0
 
@@ -75,18 +74,10 @@ def _is_405(error: Exception) -> bool:
 
 
 def _allow_header(request: Request) -> dict[str, str]:
-    """Methods of every route of this path: the framework's own header knows only the first one's."""
-    allowed: set[str] = set()
-    for route in _flat_routes(request.app.routes):
-        match, _ = route.matches(request.scope)
-        if match != Match.NONE:
-            allowed |= set(getattr(route, "methods", None) or ())
-    return {"allow": ", ".join(sorted(allowed - {"HEAD"}))} if allowed else {}
-
-
-def _flat_routes(routes: Any) -> list[Any]:
-    flat: list[Any] = []
-    for route in routes:
-        nested = getattr(getattr(route, "original_router", None), "routes", None)
-        flat += [route] if nested is None else _flat_routes(nested)
-    return flat
+    """Every method that this path has: the framework's own header knows only the first route's."""
+    allowed = [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in request.app.routes)
+    ]
+    return {"allow": ", ".join(allowed)}

@@ -14,6 +14,7 @@ from service.errors import NotFound, Unavailable
 from service.serving.messages import Deployable, Folder, Target
 from service.store import aliases, bases, models
 from service.store import catalog as versions
+from service.store.database import Database
 from service.store.tables import BaseModel, Model
 
 MAX_CACHED_NAMES = 10_000
@@ -44,8 +45,14 @@ def full_deployable(model: Model) -> Deployable:
 class Catalog:
     """Resolves names; one per process, used from many threads (entries are replaced whole, never changed)."""
 
-    def __init__(self) -> None:
+    def __init__(self, db: Database) -> None:
+        self._db = db
         self._cache: dict[tuple[str, str], tuple[int, Target]] = {}
+
+    def lookup(self, project_id: str, name: str) -> Target:
+        """`resolve` in a transaction of its own; blocks for a moment, so call it in a thread."""
+        with self._db.read() as tx:
+            return self.resolve(tx, project_id, name)
 
     def resolve(self, tx: Session, project_id: str, name: str) -> Target:
         """The target of a base id, model id, checkpoint id or alias. NotFound if unknown, Unavailable while preparing.
@@ -80,21 +87,11 @@ def _by_alias(tx: Session, project_id: str, name: str) -> Target | None:
 
 def _by_id(tx: Session, project_id: str, model_id: str, name: str) -> Target | None:
     """The target of an immutable id; `name` is what the request called it, for messages."""
-    base = _base_or_none(tx, model_id)
+    base = bases.find(tx, model_id)
     if base is not None:
         return _base_target(base, name)
-    try:
-        model = models.get(tx, project_id, model_id)
-    except NotFound:
-        return None
-    return _model_target(tx, model, name)
-
-
-def _base_or_none(tx: Session, base_id: str) -> BaseModel | None:
-    try:
-        return bases.get(tx, base_id)
-    except NotFound:
-        return None
+    model = models.find(tx, project_id, model_id)
+    return _model_target(tx, model, name) if model is not None else None
 
 
 def _base_target(base: BaseModel, name: str) -> Target:
@@ -112,7 +109,7 @@ def _base_target(base: BaseModel, name: str) -> Target:
 
 
 def _model_target(tx: Session, model: Model, name: str) -> Target:
-    base = _base_or_none(tx, model.base_id)
+    base = bases.find(tx, model.base_id)
     if base is None or base.content_hash not in (None, model.base_content_hash):
         raise Unavailable(f"The base `{model.base_id}` of the model `{name}` is no longer here.", param="model")
     _check_ready(base, name)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from service.engine.protocol import Delta
 from service.errors import ServiceError
+from training.records import ChatMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages as the chat template takes them (plain dicts: role, content, name, tool_calls, tool_call_id)."""
+    """A conversation to answer, in the very type that training renders."""
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[ChatMessage, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,19 @@ ROOT_DEPLOYMENT = "AppRoot"
 ENGINE_DEPLOYMENT = "EngineReplica"
 
 
+def own_prefix(instance_id: str) -> str:
+    """What every Serve app of this Tunesmith starts with; apps with other names are never touched."""
+    return f"tunesmith-{instance_id}-"
+
+
+def gateway_app_name(instance_id: str) -> str:
+    """The app of the gateways."""
+    return own_prefix(instance_id) + "gateway"
+
+
 def app_prefix(instance_id: str) -> str:
-    """What every engine app of this Tunesmith starts with; apps with other names are never touched."""
-    return f"tunesmith-{instance_id}-engine-"
+    """What every engine app of this Tunesmith starts with: those that the fleet starts and deletes."""
+    return own_prefix(instance_id) + "engine-"
 
 
 def app_name(instance_id: str, deployable: Deployable) -> str:

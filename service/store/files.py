@@ -78,3 +78,8 @@ def delete(tx: Session, project_id: str, file_id: str) -> File:
     file = get(tx, project_id, file_id)
     file.deleted_at = now()
     return file
+
+
+def expired(tx: Session, moment: float) -> list[File]:
+    """Files whose time is over."""
+    return list(tx.scalars(select(File).where(File.expires_at <= moment, File.deleted_at.is_(None))))

@@ -1,0 +1,137 @@
+"""/v1/fine_tuning/jobs: wishes go to the database, where the orchestrator finds them. Nothing here waits for a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import StreamingResponse
+
+from service.api.create_job import Attempt, create_job
+from service.api.deps import JobsDep, PlatformDep
+from service.api.follow import SSE_HEADERS, Follower
+from service.api.paging import After, Limit, list_page, refuse_unknown_query
+from service.api.schemas import CreateJob
+from service.api.views import checkpoint_json, event_json, job_json
+from service.errors import InvalidRequest
+from service.store import checkpoints, events, jobs
+from service.store.paging import Page, page
+from service.store.tables import Checkpoint, Event, Job
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+RetryCount = Annotated[str | None, Header(alias="x-stainless-retry-count")]
+IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key", max_length=256)]
+LastEventId = Annotated[str | None, Header(alias="last-event-id", max_length=256)]
+
+
+@router.post("")
+def create(
+    body: CreateJob,
+    request: Request,
+    platform: PlatformDep,
+    who: JobsDep,
+    retry_count: RetryCount = None,
+    idempotency_key: IdempotencyKey = None,
+) -> dict[str, Any]:
+    """Queue a job. A retry by the client (its retry count, or an Idempotency-Key) answers with the first one's job."""
+    num_retries = int(retry_count) if retry_count and retry_count.isascii() and retry_count.isdecimal() else 0
+    attempt = Attempt(num_retries, idempotency_key or "", request.state.received_at)
+    with platform.db.write() as tx:
+        job = create_job(tx, platform, who, body, attempt)
+    return job_json(job, platform.settings.organization)
+
+
+@router.get("")
+def list_jobs(
+    request: Request, platform: PlatformDep, who: JobsDep, after: After = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """Jobs of the project, newest first; `metadata[name]=value` filters, `metadata=null` finds those without any."""
+    refuse_unknown_query(request, "after", "limit", "metadata", "metadata[")
+    where = jobs.in_project(who.project_id, _metadata_filter(request))
+    if "metadata" in request.query_params:
+        if request.query_params["metadata"] != "null":
+            raise InvalidRequest("Use 'metadata[name]=value', or 'metadata=null'.", param="metadata")
+        where.append(jobs.without_metadata())
+    with platform.db.read() as tx:
+        rows, has_more = page(tx, Job, Page(after, limit), *where)
+    return list_page([job_json(job, platform.settings.organization) for job in rows], has_more)
+
+
+def _metadata_filter(request: Request) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if not name.startswith("metadata["):
+            continue
+        key = name.removeprefix("metadata[").removesuffix("]")
+        # Quotes and backslashes mean something in the databases' JSON paths.
+        if not name.endswith("]") or not key or set(key) & {'"', "\\"} or pairs.get(key, value) != value:
+            raise InvalidRequest(f"'{name}' cannot be filtered by; use 'metadata[name]=value'.", param="metadata")
+        pairs[key] = value
+    return pairs
+
+
+@router.get("/{job_id}")
+def retrieve(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
+    """One job."""
+    with platform.db.read() as tx:
+        job = jobs.get(tx, who.project_id, job_id)
+    return job_json(job, platform.settings.organization)
+
+
+@router.post("/{job_id}/cancel")
+def cancel(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
+    """Cancel at once without a live run, otherwise after the current step."""
+    with platform.db.write() as tx:
+        job = jobs.request_cancel(tx, who.project_id, job_id)
+    return job_json(job, platform.settings.organization)
+
+
+@router.post("/{job_id}/pause")
+def pause(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
+    """Pause at once without a live run, otherwise after a checkpoint of the current step."""
+    with platform.db.write() as tx:
+        job = jobs.request_pause(tx, who.project_id, job_id)
+    return job_json(job, platform.settings.organization)
+
+
+@router.post("/{job_id}/resume")
+def resume(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
+    """Let a paused job go on."""
+    with platform.db.write() as tx:
+        job = jobs.request_resume(tx, who.project_id, job_id)
+    return job_json(job, platform.settings.organization)
+
+
+@router.get("/{job_id}/events", response_model=None)
+def list_events(
+    job_id: str,
+    request: Request,
+    platform: PlatformDep,
+    who: JobsDep,
+    after: After = None,
+    limit: Limit = 20,
+    stream: Annotated[bool, Query()] = False,
+    last_event_id: LastEventId = None,
+) -> dict[str, Any] | StreamingResponse:
+    """Events, newest first; with `stream=true` all from the oldest (or behind `after`) on, and then as they happen."""
+    refuse_unknown_query(request, "after", "limit", "stream")
+    if stream:
+        follower = Follower(platform.db, who.project_id, job_id, after or last_event_id)
+        return StreamingResponse(follower.frames(), media_type="text/event-stream", headers=SSE_HEADERS)
+    with platform.db.read() as tx:
+        jobs.get(tx, who.project_id, job_id)
+        rows, has_more = page(tx, Event, Page(after, limit), *events.of_job(job_id))
+    return list_page([event_json(event) for event in rows], has_more)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(
+    job_id: str, request: Request, platform: PlatformDep, who: JobsDep, after: After = None, limit: Limit = 10
+) -> dict[str, Any]:
+    """Checkpoints that still exist, newest first."""
+    refuse_unknown_query(request, "after", "limit")
+    with platform.db.read() as tx:
+        jobs.get(tx, who.project_id, job_id)
+        rows, has_more = page(tx, Checkpoint, Page(after, limit), *checkpoints.of_job(job_id))
+    return list_page([checkpoint_json(checkpoint) for checkpoint in rows], has_more)

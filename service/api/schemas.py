@@ -1,0 +1,208 @@
+"""Wire types of the resources: what a request may hold. Unknown fields are refused by name, never dropped."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from training.spec import AUTO, Auto, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
+
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+
+_SUFFIX = re.compile(r"[a-z0-9._-]{1,64}")
+_BASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_ALIAS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+_PROJECT_ID = re.compile(r"proj-[A-Za-z0-9-]{1,59}")
+
+
+class Wire(BaseModel):
+    """Base of request bodies: no unknown fields, no guessing between JSON types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _without_nul(text: str) -> str:
+    """PostgreSQL cannot store NUL, and no name needs one."""
+    if "\0" in text:
+        raise ValueError("it must not contain NUL characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]
+ObjectId = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+def _check_metadata(pairs: dict[str, str]) -> dict[str, str]:
+    if len(pairs) > MAX_METADATA_PAIRS:
+        raise ValueError(f"at most {MAX_METADATA_PAIRS} pairs are allowed, {len(pairs)} were given")
+    for name, value in pairs.items():
+        if not 1 <= len(name) <= MAX_METADATA_KEY:
+            raise ValueError(f"keys must have 1 to {MAX_METADATA_KEY} characters, '{name[:80]}' has {len(name)}")
+        if len(value) > MAX_METADATA_VALUE:
+            raise ValueError(f"values have at most {MAX_METADATA_VALUE} characters, that of '{name}' has {len(value)}")
+    return pairs
+
+
+Metadata = Annotated[dict[Text, Text], AfterValidator(_check_metadata)]
+
+
+def _safe_suffix(suffix: str) -> str:
+    """The suffix as it stands in the model's id: lower case, blanks as dashes."""
+    safe = suffix.strip().lower().replace(" ", "-")
+    if not _SUFFIX.fullmatch(safe):
+        raise ValueError("use 1 to 64 of the characters A-Z, a-z, 0-9, '-', '_', '.' and blank")
+    return safe
+
+
+def _refuse(value: Any, why: str) -> Any:
+    if value is not None and value != []:
+        raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
+    return None
+
+
+def _no_integrations(value: Any) -> Any:
+    return _refuse(value, "Unsupported parameter: 'integrations'. This service sends nothing to third parties.")
+
+
+def _only_supervised(value: Any) -> Any:
+    if value in ("dpo", "reinforcement"):
+        why = f"Unsupported parameter: 'method.type' cannot be '{value}' here. Supported is 'supervised'."
+        raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
+    return value
+
+
+def _no_other_method(value: Any) -> Any:
+    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised' only.")
+
+
+class TopHyperparameters(Wire):
+    """OpenAI's deprecated top-level form."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = AUTO
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = AUTO
+    learning_rate_multiplier: PositiveFloat | Auto = AUTO
+
+
+class WireHyperparameters(Hyperparameters):
+    """Every hyperparameter of the training contract, with strict JSON types."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Supervised(Wire):
+    """Settings of the method `supervised`."""
+
+    hyperparameters: WireHyperparameters | None = None
+
+
+class Method(Wire):
+    """How to fine-tune."""
+
+    type: Annotated[Literal["supervised"], BeforeValidator(_only_supervised)]
+    supervised: Supervised | None = None
+    dpo: Annotated[None, BeforeValidator(_no_other_method)] = None
+    reinforcement: Annotated[None, BeforeValidator(_no_other_method)] = None
+
+
+class Adapter(LoraSpec):
+    """Which weights to train: a LoRA adapter (default), or with type `none` all of them."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["lora", "none"] = "lora"
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(strict=False, min_length=1, max_length=64)] = (
+        "all-linear"
+    )
+
+    @model_validator(mode="after")
+    def _no_settings_without_lora(self) -> Adapter:
+        extra = sorted(self.model_fields_set - {"type"})
+        if self.type == "none" and extra:
+            raise ValueError(f"type 'none' trains all weights and takes no {', '.join(extra)}")
+        return self
+
+    def to_spec(self) -> LoraSpec | None:
+        """What the training contract calls it."""
+        if self.type == "none":
+            return None
+        return LoraSpec.model_validate(self.model_dump(exclude={"type"}))
+
+
+class CreateJob(Wire):
+    """Body of POST /v1/fine_tuning/jobs: OpenAI's fields, then ours."""
+
+    model: ObjectId
+    training_file: ObjectId
+    validation_file: ObjectId | None = None
+    suffix: Annotated[Text, Field(min_length=1, max_length=64), AfterValidator(_safe_suffix)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None
+    integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
+    hyperparameters: TopHyperparameters | None = None
+    method: Method | None = None
+
+    adapter: Adapter = Adapter()
+    num_workers: PositiveInt = 1
+    validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    precision: Literal["fp32", "bf16"] | Auto = AUTO
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
+    checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
+
+    def effective_hyperparameters(self) -> Hyperparameters:
+        """Those of `method` where it has some, otherwise the deprecated top-level ones."""
+        chosen: BaseModel | None = self.hyperparameters
+        if self.method is not None and self.method.supervised is not None:
+            chosen = self.method.supervised.hyperparameters or chosen
+        return Hyperparameters.model_validate(chosen.model_dump() if chosen is not None else {})
+
+
+def check_base_id(base_id: str) -> str:
+    """An id of a base: no colon, which separates the parts of fine-tuned models' ids."""
+    if not _BASE_ID.fullmatch(base_id):
+        raise ValueError(
+            "use letters, digits, '.', '_' and '-', in parts joined by '/', each starting with a letter or digit"
+        )
+    return base_id
+
+
+def check_alias_name(name: str) -> str:
+    """A name of an alias: never one that an immutable model id could have."""
+    if not _ALIAS_NAME.fullmatch(name) or len(name) > 128:
+        raise ValueError("use up to 128 letters, digits, '.', '_', '-' and '/', starting with a letter or digit")
+    return name
+
+
+def _check_project_id(project_id: str) -> str:
+    if not _PROJECT_ID.fullmatch(project_id):
+        raise ValueError("it must be 'proj-' and up to 59 letters, digits or dashes")
+    return project_id
+
+
+class CreateBase(Wire):
+    """Body of POST /v1/bases: a folder of this machine, or a Hub id, under the name that requests will use."""
+
+    id: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(check_base_id)]
+    source: Annotated[Text, Field(min_length=1, max_length=1024)]
+    revision: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+
+
+class PutAlias(Wire):
+    """Body of PUT /v1/aliases/{name}."""
+
+    model: ObjectId
+
+
+Scope = Literal["admin", "files", "jobs", "models", "inference"]
+
+
+class CreateKey(Wire):
+    """Body of POST /v1/keys. Without scopes the key may do everything but administer."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=128)]
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=5)] = ["files", "jobs", "models", "inference"]
+    project_id: Annotated[str, AfterValidator(_check_project_id)] | None = None

@@ -1,0 +1,175 @@
+"""Rows as OpenAI's JSON objects. Pure: no SQL, no request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.jobs.states import JobState
+from service.store.aliases import Current
+from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
+from training.spec import AUTO
+
+TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
+
+Json = dict[str, Any]
+
+
+def _seconds(at: float | None) -> int | None:
+    return None if at is None else int(at)
+
+
+def job_json(job: Job, organization: str) -> Json:
+    """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there."""
+    chosen: Json = job.spec["hyperparameters"]
+    succeeded = job.state == JobState.SUCCEEDED
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created_at),
+        "finished_at": _seconds(job.finished_at),
+        "estimated_finish": _seconds(job.estimated_finish_at),
+        "model": job.base_id,
+        "fine_tuned_model": job.fine_tuned_model if succeeded else None,
+        "organization_id": organization,
+        "status": job.state,
+        "training_file": job.training_file_id,
+        "validation_file": job.validation_file_id,
+        "result_files": job.result_file_ids,
+        "trained_tokens": job.trained_tokens if succeeded else None,
+        "hyperparameters": {name: chosen.get(name, AUTO) for name in TOP_HYPERPARAMETERS},
+        "method": {"type": job.method, job.method: {"hyperparameters": chosen}},
+        "seed": job.spec["seed"],
+        "error": job.error,
+        "integrations": None,
+        "metadata": job.user_metadata,
+        "suffix": job.suffix,
+        "adapter": _adapter_json(job.spec["adapter"]),
+        "num_workers": job.spec["num_workers"],
+        "validation_split": job.spec["validation_split"],
+        "precision": job.spec["precision"],
+        "eval_interval": job.spec["eval_interval"],
+        "checkpoint_interval": job.spec["checkpoint_interval"],
+        "priority": job.priority,
+        "plan": job.plan,
+        "desired": job.desired,
+        "state_version": job.state_version,
+        "started_at": _seconds(job.started_at),
+    }
+
+
+def _adapter_json(adapter: Json | None) -> Json:
+    return {"type": "none"} if adapter is None else {"type": "lora", **adapter}
+
+
+def event_json(event: Event) -> Json:
+    """A line of a job's event list."""
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def checkpoint_json(checkpoint: Checkpoint) -> Json:
+    """A checkpoint; `fine_tuned_model_checkpoint` is a model that can be called."""
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(checkpoint.created_at),
+        "fine_tuning_job_id": checkpoint.job_id,
+        "fine_tuned_model_checkpoint": checkpoint.model_id,
+        "step_number": checkpoint.step,
+        "metrics": {"step": checkpoint.step, **checkpoint.metrics},
+    }
+
+
+def base_as_model_json(base: BaseModel) -> Json:
+    """A base in the list of models."""
+    return {
+        "id": base.id,
+        "object": "model",
+        "created": int(base.created_at),
+        "owned_by": "base",
+        "kind": "base",
+        "parent": None,
+        "root": base.id,
+        "job_id": None,
+        "max_model_len": base.max_context,
+        "capabilities": base.capabilities,
+        "fingerprint": base.fingerprint,
+    }
+
+
+def model_json(model: Model, max_model_len: int | None, organization: str) -> Json:
+    """A fine-tuned model or a checkpoint of one."""
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": int(model.created_at),
+        "owned_by": organization,
+        "kind": model.kind,
+        "parent": model.parent_id or model.base_id,
+        "root": model.id,
+        "job_id": model.job_id,
+        "max_model_len": max_model_len,
+        "capabilities": model.capabilities,
+        "fingerprint": model.fingerprint,
+        "is_checkpoint": model.is_checkpoint,
+    }
+
+
+def alias_as_model_json(alias: Current, target: Json, organization: str) -> Json:
+    """An alias in the list of models, so that applications offer it; `root` is what it stands for now."""
+    revision, _ = alias
+    own = {"id": revision.name, "created": int(revision.created_at), "owned_by": organization}
+    return {**target, **own, "kind": "alias", "root": target["id"]}
+
+
+def base_json(base: BaseModel) -> Json:
+    """A base as its administrator sees it."""
+    return {
+        "id": base.id,
+        "object": "base",
+        "created_at": int(base.created_at),
+        "source": base.source,
+        "revision": base.revision,
+        "status": base.status,
+        "status_details": base.status_details,
+        "content_hash": base.content_hash,
+        "capabilities": base.capabilities,
+        "architecture": base.architecture,
+        "num_parameters": base.num_parameters,
+        "max_context": base.max_context,
+    }
+
+
+def alias_json(alias: Current) -> Json:
+    """One state of an alias; without a target it says when the alias was deleted."""
+    revision, targets = alias
+    return {
+        "id": revision.name,
+        "object": "alias",
+        "model": targets[0].model_id if targets else None,
+        "revision": revision.revision,
+        "created_at": int(revision.created_at),
+        "created_by": revision.created_by,
+    }
+
+
+def key_json(key: Key) -> Json:
+    """A key without its secret."""
+    return {
+        "id": key.id,
+        "object": "api_key",
+        "name": key.name,
+        "project_id": key.project_id,
+        "scopes": key.scopes,
+        "redacted_value": f"sk-…{key.hint}",
+        "created_at": int(key.created_at),
+        "created_by": key.created_by,
+        "last_used_at": _seconds(key.last_used_at),
+    }

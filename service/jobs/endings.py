@@ -1,0 +1,92 @@
+"""How a run ends, and where that leaves its job. Each ending happens once, whoever comes first: driver or orchestrator.
+
+All functions belong in the caller's write transaction, after it proved that it may write (a run's or the lease's epoch).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from service.jobs.states import Desired, JobState
+from service.store import checkpoints, events, jobs, runs
+from service.store.tables import Job, Run
+
+LIVE = {JobState.RUNNING, JobState.PAUSING}
+
+
+def stopped(tx: Session, run: Run, *, step: int | None, forced: bool = False) -> bool:
+    """The run stopped, or was killed after its grace (`forced`); the job goes where its owner wants it."""
+    job = jobs.by_id(tx, run.job_id)
+    outcome, state = {
+        Desired.CANCEL: ("cancelled", JobState.CANCELLED),
+        Desired.PAUSE: ("paused", JobState.PAUSED),
+        Desired.RUN: ("requeued", JobState.QUEUED),
+    }[Desired(job.desired)]
+    if not runs.end(tx, run.id, outcome):
+        return False
+    job = _leave(tx, job, state)
+    where = f" at step {step if step is not None else last_step(tx, job.id)}"
+    text = {
+        JobState.CANCELLED: "The job was cancelled",
+        JobState.PAUSED: f"The job was paused{where}",
+        JobState.QUEUED: f"The run was stopped{where}; the job is back in the queue",
+    }[state]
+    events.add(tx, job, text + (" (its run did not stop in time and was killed)" if forced else ""))
+    return True
+
+
+def failed(tx: Session, run: Run, *, code: str, message: str, param: str | None = None) -> bool:
+    """The run ended with a failure that another attempt would meet again."""
+    error = {"code": code, "message": message, "param": param}
+    if not runs.end(tx, run.id, "failed", error):
+        return False
+    job = jobs.by_id(tx, run.job_id)
+    if job.desired == Desired.CANCEL:
+        events.add(tx, _leave(tx, job, JobState.CANCELLED), "The job was cancelled")
+    else:
+        fail_job(tx, job, code=code, message=message, param=param)
+    return True
+
+
+def lost(tx: Session, run: Run, *, reason: str, max_attempts: int) -> bool:
+    """The run crashed or vanished: the job continues from its last checkpoint, unless it has crashed too often."""
+    if not runs.end(tx, run.id, "lost", {"code": "lost", "message": reason, "param": None}):
+        return False
+    job = jobs.by_id(tx, run.job_id)
+    if job.desired == Desired.CANCEL:
+        events.add(tx, _leave(tx, job, JobState.CANCELLED), "The job was cancelled")
+    elif job.desired == Desired.PAUSE:
+        job = _leave(tx, job, JobState.PAUSED)
+        events.add(tx, job, f"{reason}; the job was paused at step {last_step(tx, job.id)}", level="warn")
+    elif _num_fruitless(tx, run) >= max_attempts:
+        fail_job(tx, job, code="crashed", message=f"The run crashed {max_attempts} times. Last reason: {reason}")
+    else:
+        job = _leave(tx, job, JobState.QUEUED)
+        events.add(tx, job, f"{reason}; continuing from step {last_step(tx, job.id)}", level="warn")
+    return True
+
+
+def fail_job(tx: Session, job: Job, *, code: str, message: str, param: str | None = None) -> Job:
+    """End a job as failed, with or without a run; StateConflict if it is no longer in the state of `job`."""
+    error = {"code": code, "message": message, "param": param}
+    expect = {JobState(job.state)}
+    job = jobs.move(tx, job.id, JobState.FAILED, expect=expect, error=error, estimated_finish_at=None)
+    events.add(tx, job, message, level="error")
+    return job
+
+
+def last_step(tx: Session, job_id: str) -> int:
+    """The step that the next run starts from."""
+    checkpoint = checkpoints.latest(tx, job_id)
+    return 0 if checkpoint is None else checkpoint.step
+
+
+def _leave(tx: Session, job: Job, state: JobState) -> Job:
+    return jobs.move(tx, job.id, state, expect=LIVE, stop_requested_at=None, estimated_finish_at=None)
+
+
+def _num_fruitless(tx: Session, run: Run) -> int:
+    """Crashes since the furthest checkpoint was written: a long job may lose many workers as long as it gets on."""
+    checkpoint = checkpoints.latest(tx, run.job_id)
+    attempts = run.attempt - (0 if checkpoint is None else checkpoint.attempt)
+    return min(attempts, runs.num_lost(tx, run.job_id))

@@ -1,0 +1,177 @@
+"""Where runs work: as Ray actors on a cluster, or as threads of this process. Both drive a run with `RunDriver`.
+
+A launcher holds no truth: which runs exist is in the database, and a launcher of a new process finds the drivers that
+the old one started.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from service.jobs.run_driver import Fit, RunDriver
+from service.settings import Settings
+from service.store.database import Database
+from service.store.tables import Job, Run
+from training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+PLACING_S = 20.0  # Ray Train takes its resources up to this long after its driver started
+
+
+class Launcher(Protocol):
+    """What the orchestrator needs to know about the place where runs work. No method may block."""
+
+    def start(self, run: Run, job: Job) -> None:
+        """Start the run's driver."""
+        ...
+
+    def is_alive(self, run_id: str) -> bool:
+        """Whether the run's driver exists; False is certain."""
+        ...
+
+    def ask_stop(self, run_id: str) -> None:
+        """Have the run checkpoint and stop, whatever its owner wants. May be asked again and again."""
+        ...
+
+    def kill(self, run_id: str) -> None:
+        """End the driver and its workers without asking; nothing happens if there is none."""
+        ...
+
+    def fits(self, num_workers: int) -> bool:
+        """Whether so many workers find room now, besides what was started a moment ago."""
+        ...
+
+    def ever_fits(self, num_workers: int) -> bool:
+        """Whether so many workers would find room if nothing else ran."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Claim:
+    num_workers: int
+    until: float  # monotonic
+
+
+class RayLauncher:
+    """A detached, named actor per run; train workers are placed by Ray Train."""
+
+    def __init__(self, settings: Settings, instance_id: str) -> None:
+        self._settings, self._instance_id = settings, instance_id
+        self._claims: dict[str, _Claim] = {}  # by run: started, perhaps not yet placed
+
+    def start(self, run: Run, job: Job) -> None:
+        """Create the driver; its constructor runs elsewhere and later."""
+        from service.jobs import run_actor
+
+        num_workers = int(job.spec["num_workers"])
+        self._claims[run.id] = _Claim(num_workers, time.monotonic() + PLACING_S)
+        run_actor.create(self._settings, self._instance_id, run.id)
+
+    def is_alive(self, run_id: str) -> bool:
+        """By name, so it holds for drivers that a former orchestrator started."""
+        return self._find(run_id) is not None
+
+    def ask_stop(self, run_id: str) -> None:
+        """Sent without waiting for the answer."""
+        driver = self._find(run_id)
+        if driver is not None:
+            driver.ask_stop.remote()
+
+    def kill(self, run_id: str) -> None:
+        """Ray Train's workers end with the driver, and their resources come back within seconds."""
+        import ray
+
+        self._claims.pop(run_id, None)
+        driver = self._find(run_id)
+        if driver is not None:
+            ray.kill(driver)
+
+    def fits(self, num_workers: int) -> bool:
+        """Against what Ray has free, less what was claimed but perhaps not yet placed."""
+        import ray
+
+        moment = time.monotonic()
+        self._claims = {id_: claim for id_, claim in self._claims.items() if claim.until > moment and self._find(id_)}
+        claimed = sum(claim.num_workers for claim in self._claims.values())
+        return self._is_within(ray.available_resources(), num_workers + claimed)
+
+    def ever_fits(self, num_workers: int) -> bool:
+        """Against what the cluster has in total now."""
+        import ray
+
+        return self._is_within(ray.cluster_resources(), num_workers)
+
+    def _is_within(self, resources: dict[str, float], num_workers: int) -> bool:
+        needed = {"CPU": self._settings.train_num_cpus, "GPU": self._settings.train_num_gpus}
+        return all(resources.get(name, 0.0) + 1e-6 >= num_workers * each for name, each in needed.items())
+
+    def _find(self, run_id: str) -> Any | None:
+        import ray
+
+        from service.jobs import run_actor
+
+        try:
+            return ray.get_actor(
+                run_actor.actor_name(self._instance_id, run_id), namespace=run_actor.namespace(self._instance_id)
+            )
+        except ValueError:  # Ray's way to say that there is no such actor
+            return None
+
+
+@dataclass(frozen=True)
+class _Local:
+    driver: RunDriver
+    thread: threading.Thread
+    num_workers: int
+
+
+class InProcessLauncher:
+    """Runs as threads of this process: for notebooks and tests, and wherever there is no cluster."""
+
+    def __init__(self, settings: Settings, db: Database, storage: Storage, fit: Fit, num_slots: int = 1) -> None:
+        """`num_slots` is how many train workers have room."""
+        self._settings, self._db, self._storage, self._fit, self._num_slots = settings, db, storage, fit, num_slots
+        self._locals: dict[str, _Local] = {}
+
+    def start(self, run: Run, job: Job) -> None:
+        """Start the driver's thread."""
+        driver = RunDriver(self._db, self._storage, run, self._fit, self._settings.max_attempts)
+        thread = threading.Thread(target=driver.work, name=f"run-{run.id}", daemon=True)
+        self._locals[run.id] = _Local(driver, thread, int(job.spec["num_workers"]))
+        thread.start()
+
+    def is_alive(self, run_id: str) -> bool:
+        """Whether the thread still works for the run."""
+        local = self._locals.get(run_id)
+        return local is not None and local.thread.is_alive() and not local.driver.recorder.lost.is_set()
+
+    def ask_stop(self, run_id: str) -> None:
+        """Flag the recorder; the next report carries the wish."""
+        if run_id in self._locals:
+            self._locals[run_id].driver.recorder.ask_stop()
+
+    def kill(self, run_id: str) -> None:
+        """A thread cannot be killed: the run's next report is refused, which ends it."""
+        if run_id in self._locals:
+            self._locals[run_id].driver.recorder.abandon()
+
+    def fits(self, num_workers: int) -> bool:
+        """Slots of live threads are taken."""
+        self._locals = {id_: local for id_, local in self._locals.items() if local.thread.is_alive()}
+        return sum(local.num_workers for local in self._locals.values()) + num_workers <= self._num_slots
+
+    def ever_fits(self, num_workers: int) -> bool:
+        """Whether there are so many slots."""
+        return num_workers <= self._num_slots
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for all runs to end; whether they did."""
+        deadline = time.monotonic() + timeout_s
+        for local in list(self._locals.values()):
+            local.thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(local.thread.is_alive() for local in self._locals.values())

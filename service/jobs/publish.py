@@ -1,0 +1,115 @@
+"""The one place where training meets serving: a finished artifact becomes a model row, and its job succeeds.
+
+Bytes first (verify every hash, write the result file), rows after: one transaction makes model, result file, events,
+the job's success and the run's end visible together. Doing it twice does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from sqlalchemy.orm import Session
+
+from service.jobs import endings, results
+from service.jobs.states import Desired, JobState
+from service.store import events, jobs, metrics, models, runs
+from service.store.database import Database
+from service.store.tables import Job, Model, Run
+from training.artifact import BrokenFolder, Manifest, read_manifest, verify
+from training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+
+def run_key(job_id: str) -> str:
+    """The job's folder in storage; all attempts share it."""
+    return f"runs/{job_id}"
+
+
+def artifact_key(job_id: str) -> str:
+    """Where the job's servable result lies."""
+    return f"{run_key(job_id)}/artifact"
+
+
+def new_model_id(base_id: str, organization: str, suffix: str | None) -> str:
+    """The id that the job's model will have; drawn once, so that checkpoints can carry it before the model exists."""
+    return f"ft:{base_id}:{organization}:{suffix or ''}:{secrets.token_hex(6)}"
+
+
+def find_leftover(storage: Storage, job_id: str) -> tuple[str, str] | None:
+    """Key and manifest hash of an artifact that an earlier attempt finished but could not publish.
+
+    A broken one is removed, so that training writes it anew.
+    """
+    key = artifact_key(job_id)
+    manifest = read_manifest(storage, key)
+    if manifest is None:
+        return None
+    try:
+        verify(storage, key, manifest.hash())
+    except BrokenFolder:
+        log.exception("removing a broken artifact of job %s", job_id)
+        storage.delete(key)
+        return None
+    return key, manifest.hash()
+
+
+def publish(db: Database, storage: Storage, run_id: str, epoch: int, key: str, manifest_hash: str) -> None:
+    """Verify the artifact and publish it. BrokenFolder if its bytes are wrong, RunLost if the run no longer counts."""
+    manifest = verify(storage, key, manifest_hash)
+    with db.read() as tx:
+        job_id = runs.get(tx, run_id).job_id
+        text = results.as_csv(tx, job_id)
+    result = results.write(storage, job_id, text)
+    with db.write() as tx:
+        run = runs.hold(tx, run_id, epoch)
+        job = jobs.by_id(tx, run.job_id)
+        if job.desired == Desired.CANCEL:  # asked for before the end: its owner wants no model
+            endings.stopped(tx, run, step=manifest.step)
+        else:
+            _succeed(tx, job, run, key, manifest, result)
+
+
+def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, result: results.ResultFile) -> None:
+    if not runs.end(tx, run.id, "succeeded"):
+        return
+    assert job.plan is not None, "a job without a plan was run"
+    model = add_model(tx, job, job.plan["model_id"], key, manifest)
+    file = results.add_row(tx, job, result)
+    job = jobs.move(
+        tx,
+        job.id,
+        JobState.SUCCEEDED,
+        expect=endings.LIVE,
+        fine_tuned_model=model.id,
+        trained_tokens=metrics.trained_tokens(tx, job.id),
+        result_file_ids=[file.id],
+        estimated_finish_at=None,
+        stop_requested_at=None,
+    )
+    events.add(tx, job, f"New fine-tuned model created: {model.id}", dedup_key=f"{job.id}:model")
+    events.add(tx, job, "The job has successfully completed", dedup_key=f"{job.id}:succeeded")
+
+
+def add_model(tx: Session, job: Job, model_id: str, key: str, manifest: Manifest, *, checkpoint: bool = False) -> Model:
+    """Register a servable folder of the job."""
+    assert job.plan is not None and manifest.spec is not None, "only runs of planned jobs leave folders"
+    return models.create(
+        tx,
+        project_id=job.project_id,
+        created_by=job.created_by,
+        id=model_id,
+        kind="full" if manifest.spec.adapter is None else "adapter",
+        is_checkpoint=checkpoint,
+        base_id=job.base_id,
+        base_content_hash=manifest.base_content_hash,
+        parent_id=job.parent_model_id,
+        job_id=job.id,
+        step=manifest.step,
+        capabilities=job.plan["capabilities"],
+        storage_key=key,
+        manifest_hash=manifest.hash(),
+        fingerprint=manifest.fingerprint.model_dump(mode="json"),
+        spec=manifest.spec.model_dump(mode="json"),
+    )

@@ -1,0 +1,121 @@
+"""The run driver as a Ray actor: one per run, detached, so that it outlives the orchestrator that started it.
+
+The train workers of its run end with it: killing this actor is how a run is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import ray
+
+from service.jobs.recorder import RunRecorder
+from service.jobs.run_driver import RunDriver
+from service.logs import configure_logging
+from service.metrics import HubClient, Metrics
+from service.settings import Settings
+from service.store import runs
+from service.store.database import Database
+from training.progress import ProgressItem, Wish
+from training.spec import TrainSpec
+from training.storage import Storage
+
+LOST_GRACE_S = 5.0  # workers of a lost run hear of it from their next report; after this the actor ends them
+
+
+class RunDriverActor:
+    """Answers its workers while it drives, so it needs a few threads (`max_concurrency`)."""
+
+    def __init__(self, settings: Settings, instance_id: str, run_id: str) -> None:
+        configure_logging(settings.log_level)
+        self._settings = settings
+        self._db = Database(settings.resolved_database_url)
+        storage = Storage(settings.resolved_storage_url)
+        with self._db.read() as tx:
+            run = runs.get(tx, run_id)
+        self._metrics = Metrics(_hub_client(instance_id))
+        self._driver = RunDriver(self._db, storage, run, self._fit, settings.max_attempts, self._metrics)
+        self._this = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._work, name="driver", daemon=True).start()
+        threading.Thread(target=self._exit_when_lost, name="lost", daemon=True).start()
+
+    def report(self, items: list[ProgressItem]) -> Wish:
+        """For the train workers."""
+        return self._driver.recorder.report(items)
+
+    def ask_stop(self) -> None:
+        """Checkpoint and stop at the next step."""
+        self._driver.recorder.ask_stop()
+
+    def _work(self) -> None:
+        try:
+            asyncio.run(self._drive())
+        finally:
+            self._exit()
+
+    async def _drive(self) -> None:
+        async with self._metrics.pushing():
+            await asyncio.to_thread(self._driver.work)
+
+    def _exit_when_lost(self) -> None:
+        self._driver.recorder.lost.wait()
+        threading.Event().wait(LOST_GRACE_S)
+        self._exit()
+
+    def _exit(self) -> None:
+        self._db.close()
+        ray.kill(self._this)  # a detached actor lingers until somebody ends it
+
+    def _fit(self, spec: TrainSpec, run_key: str, recorder: RunRecorder) -> None:
+        from training import ray_run
+
+        settings = self._settings
+        ray_run.fit(
+            spec,
+            settings.resolved_storage_url,
+            run_key,
+            self._this,
+            num_cpus_per_worker=settings.train_num_cpus,
+            num_gpus_per_worker=settings.train_num_gpus,
+            num_threads=settings.train_num_threads,
+            pin_resources=pin_resources(settings),
+            run_name=recorder.run_id,
+            local_dir=str(settings.home_dir / "ray-train"),
+        )
+
+
+def _hub_client(instance_id: str) -> HubClient:
+    from service.jobs.orchestrator_actor import hub_client  # not at the top: it imports this module
+
+    return hub_client(instance_id)
+
+
+def pin_resources(settings: Settings) -> dict[str, float]:
+    """State on this machine's disk keeps every process that touches it on the head node."""
+    return {"node:__internal_head__": 0.001} if settings.is_single_node else {}
+
+
+def create(settings: Settings, instance_id: str, run_id: str) -> Any:
+    """Start a run's driver; returns at once, the driver begins by itself."""
+    options = {
+        "name": actor_name(instance_id, run_id),
+        "namespace": namespace(instance_id),
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_restarts": 0,
+        "max_concurrency": 16,
+        "resources": pin_resources(settings),
+    }
+    return ray.remote(RunDriverActor).options(**options).remote(settings, instance_id, run_id)
+
+
+def namespace(instance_id: str) -> str:
+    """Ray namespace of everything of this Tunesmith."""
+    return f"tunesmith-{instance_id}"
+
+
+def actor_name(instance_id: str, run_id: str) -> str:
+    """Ray name of a run's driver."""
+    return f"tunesmith-{instance_id}-run-{run_id}"

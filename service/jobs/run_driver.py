@@ -1,0 +1,126 @@
+"""One attempt at a job, from its first heartbeat to its ending, whoever does the training.
+
+`RunDriver` is plain Python around a `Fit`; `run_actor.py` puts it into a Ray actor, `launchers.InProcessLauncher` into a
+thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from service.jobs.publish import find_leftover, run_key
+from service.jobs.recorder import RunRecorder
+from service.logs import job_id
+from service.metrics import Metrics
+from service.store import checkpoints, jobs
+from service.store.database import Database
+from service.store.runs import RunLost
+from service.store.tables import Run
+from training.spec import TrainSpec
+from training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+
+
+class Fit(Protocol):
+    """Trains until the run is over. What it raises counts only if the run has no ending by then."""
+
+    def __call__(self, spec: TrainSpec, run_key: str, recorder: RunRecorder) -> None:
+        """Report everything to the recorder; return or raise when no worker is left."""
+        ...
+
+
+class RunDriver:
+    """Drives one run. `work` returns when the run has an ending and its resources are free."""
+
+    def __init__(
+        self,
+        db: Database,
+        storage: Storage,
+        run: Run,
+        fit: Fit,
+        max_attempts: int,
+        numbers: Metrics | None = None,
+    ) -> None:
+        self.recorder = RunRecorder(db, storage, run.id, run.epoch, numbers)
+        self._db, self._storage, self._run, self._fit, self._max_attempts = db, storage, run, fit, max_attempts
+
+    def work(self) -> None:
+        """Do the attempt. Never raises: whatever happened is stored with the run, or the run was ended by others."""
+        job_id.set(self._run.job_id)
+        with self._heartbeats():
+            try:
+                self._attempt()
+                reason = "The training ended without a result"
+            except RunLost:
+                log.warning("run %s was ended by the orchestrator", self._run.id)
+                return
+            except Exception as error:  # process edge: the checkpoint is kept and the job continues from it
+                reason = f"The worker crashed ({last_line(error)})"
+                if not self.recorder.over.is_set():
+                    log.exception("run %s crashed", self._run.id)
+            self._settle(reason)
+
+    def _attempt(self) -> None:
+        with self._db.read() as tx:
+            job = jobs.by_id(tx, self._run.job_id)
+        leftover = find_leftover(self._storage, job.id)
+        if leftover is not None:
+            self.recorder.publish(*leftover)
+            return
+        self._drop_unrecorded_checkpoints()
+        self._fit(TrainSpec.model_validate(job.spec), run_key(job.id), self.recorder)
+
+    def _drop_unrecorded_checkpoints(self) -> None:
+        """Delete checkpoints ahead of the rows: the numbers of their steps were lost with the last driver.
+
+        Training those steps again gives the same numbers, and leaves no hole in the curve.
+        """
+        with self._db.read() as tx:
+            latest = checkpoints.latest(tx, self._run.job_id)
+        folder = f"{run_key(self._run.job_id)}/checkpoints"
+        for name in self._storage.list_names(folder):
+            if latest is None or f"{folder}/{name}" > latest.storage_key:
+                self._storage.delete(f"{folder}/{name}")
+
+    def _settle(self, reason: str) -> None:
+        if self.recorder.over.is_set() or self.recorder.lost.is_set():
+            return
+        try:
+            self.recorder.crashed(reason, self._max_attempts)
+        except RunLost:
+            log.warning("run %s was ended by the orchestrator", self._run.id)
+
+    @contextmanager
+    def _heartbeats(self) -> Iterator[None]:
+        """Heartbeats from a side thread: a step or a hash of gigabytes may take longer than the timeout."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(done,), name=f"heartbeat-{self._run.id}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _beat(self, done: threading.Event) -> None:
+        while not done.is_set() and not self.recorder.over.is_set():
+            try:
+                self.recorder.heartbeat()
+            except RunLost:
+                return
+            except Exception:  # thread edge: a database that is away for a moment must not end the run
+                log.exception("heartbeat of run %s", self._run.id)
+            done.wait(HEARTBEAT_S)
+
+
+def last_line(error: BaseException) -> str:
+    """What a user may read of an error: its last line, without a traceback or endless detail."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,0 +1,301 @@
+"""One replica: a base with all adapters on it, or one full fine-tuned model, behind `generate`.
+
+`ReplicaCore` knows neither Ray nor Serve, so it also runs in a gateway process or a test. Torch is imported only when
+the native engine is built: this module can be shipped from a process without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol, cast
+
+from service.engine.admission import EngineFailed
+from service.engine.echo import EchoEngine
+from service.engine.protocol import AdapterMismatch, Delta, Engine, EngineStats, GenerateRequest, QueueFull, SamplingParams
+from service.errors import InvalidRequest, RateLimited, ServiceError, Unavailable
+from service.metrics import Metrics
+from service.serving.adapters import AdapterShelf, Prepared, check_template
+from service.serving.coalesce import coalesce
+from service.serving.messages import (
+    Accepted,
+    ChatPrompt,
+    Deployable,
+    Received,
+    Refused,
+    Reply,
+    ServeRequest,
+    Target,
+    TextPrompt,
+)
+from service.settings import Settings
+from training.artifact import BrokenFolder, read_manifest
+from training.render import Renderer, RenderError
+from training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+QUEUE_RETRY_AFTER_S = 1.0
+STATS_INTERVAL_S = 1.0
+
+Replies = AsyncGenerator[Accepted | list[Delta] | Refused, None]
+
+
+class HealthyEngine(Engine, Protocol):
+    """An engine that knows whether it can still answer."""
+
+    @property
+    def healthy(self) -> bool:
+        """False once it stopped or broke."""
+        ...
+
+
+class ReplicaCore:
+    """Renders, checks and generates. Every error of a request is a `Refused` item; nothing is raised but cancellation."""
+
+    def __init__(
+        self, settings: Settings, storage: Storage, deployable: Deployable, metrics: Metrics | None = None
+    ) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._deployable = deployable
+        self._metrics = metrics if metrics is not None else Metrics()
+        self._num_loads_seen = 0
+        self._stats_task: asyncio.Task[None] | None = None
+        self.engine: HealthyEngine
+        self._renderer: Renderer
+        self._shelf: AdapterShelf
+
+    async def start(self) -> None:
+        """Load the folder; returns when requests can be answered. BrokenFolder if it is not the recorded one."""
+        await asyncio.to_thread(self._load)
+        await self.engine.start()
+        self._stats_task = asyncio.create_task(self._watch_stats())
+
+    def _load(self) -> None:
+        folder = self._deployable.folder
+        manifest = read_manifest(self._storage, folder.key)
+        if manifest is None or manifest.hash() != folder.manifest_hash:
+            raise BrokenFolder(f"{folder.key}: no manifest, or not the one recorded")
+        local = self._storage.local_folder(folder.key)
+        self._renderer = Renderer.load(local)
+        check_template(self._renderer, manifest)
+        self._shelf = AdapterShelf(self._storage, manifest, self._renderer)
+        self.engine = build_engine(self._settings, self._storage, self._deployable, self._renderer)
+
+    async def stop(self) -> None:
+        """End all requests and free the weights."""
+        if self._stats_task is not None:
+            self._stats_task.cancel()
+            await asyncio.wait({self._stats_task})
+        await self.engine.stop()
+
+    def check_health(self) -> None:
+        """Raises when the engine can no longer answer."""
+        if not self.engine.healthy:
+            raise EngineFailed("the engine has stopped")
+
+    async def generate(self, request: ServeRequest) -> Replies:
+        """Answer one request: `Accepted` with the first deltas, more deltas, or `Refused` at any point as the last item."""
+        try:
+            adapter = await self._resident(request.target) if request.target.adapter is not None else None
+            renderer = adapter.renderer if adapter is not None else self._renderer
+            token_ids = await asyncio.to_thread(_render, renderer, request)
+            limit = _max_tokens(request, len(token_ids), self._max_context(request.target))
+            work = _engine_request(request, token_ids, limit, adapter)
+            async with aclosing(self._deltas(work)) as groups:
+                is_first = True
+                async for deltas in groups:
+                    yield Accepted(len(token_ids), deltas) if is_first else deltas
+                    is_first = False
+        except Exception as error:  # a process edge: errors travel as values, and faults of ours are logged here
+            yield Refused(_as_service_error(error, request))
+
+    def _deltas(self, work: GenerateRequest) -> AsyncGenerator[list[Delta], None]:
+        source = cast(AsyncGenerator[list[Delta], None], self.engine.generate(work))
+        return coalesce(source, self._settings.coalesce_ms / 1000)
+
+    def _max_context(self, target: Target) -> int:
+        return min(target.max_context, self.engine.max_context)
+
+    async def prefetch(self, target: Target) -> None:
+        """Make an adapter resident ahead of its first request."""
+        if target.adapter is not None:
+            await self._resident(target)
+
+    async def _resident(self, target: Target) -> Prepared:
+        """The adapter, prepared; the first use also loads it, which is the hot swap whose time counts."""
+        if self._shelf.is_ready(target.model_id):
+            return await self._shelf.get(target)
+        started = time.perf_counter()
+        prepared = await self._shelf.get(target)
+        await self.engine.load_adapter(prepared.ref)
+        self._metrics.observe_swap(target.base_id, time.perf_counter() - started)
+        return prepared
+
+    def stats(self) -> EngineStats:
+        """The engine's counts."""
+        return self.engine.stats()
+
+    async def _watch_stats(self) -> None:
+        while True:
+            self._record_stats()
+            await asyncio.sleep(STATS_INTERVAL_S)
+
+    def _record_stats(self) -> None:
+        stats, base_id = self.engine.stats(), self._deployable.base_id
+        self._metrics.set_engine(base_id, stats.num_running, stats.num_waiting, len(stats.resident_adapters))
+        num_new = stats.num_adapter_loads - self._num_loads_seen
+        self._num_loads_seen = stats.num_adapter_loads
+        for seconds in stats.adapter_load_s[len(stats.adapter_load_s) - num_new :] if num_new > 0 else ():
+            self._metrics.observe_adapter_load(base_id, seconds)
+
+
+class EngineReplica:
+    """The Serve deployment around a core: builds it in the replica's process, and says at once that it has a request."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits an async constructor: the engine needs the loop
+        self, settings: dict[str, Any], instance_id: str, deployable: Deployable
+    ) -> None:
+        from service.jobs.orchestrator_actor import hub_client
+        from service.logs import configure_logging
+
+        self._settings = Settings(**settings)
+        configure_logging(self._settings.log_level)
+        self._metrics = Metrics(hub_client(instance_id))
+        storage = Storage(self._settings.resolved_storage_url)
+        self._core = ReplicaCore(self._settings, storage, deployable, self._metrics)
+        await self._core.start()
+        self._pushing = asyncio.create_task(self._push())
+
+    async def _push(self) -> None:
+        async with self._metrics.pushing():
+            await asyncio.Event().wait()
+
+    async def generate(self, request: ServeRequest) -> AsyncGenerator[Reply, None]:
+        """See ReplicaCore.generate."""
+        yield Received()
+        async with aclosing(self._core.generate(request)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def prefetch(self, target: Target) -> None:
+        """See ReplicaCore.prefetch."""
+        await self._core.prefetch(target)
+
+    async def check_health(self) -> None:
+        """Serve's periodic call; a replica that raises is replaced."""
+        self._core.check_health()
+
+    async def stats(self) -> EngineStats:
+        """The engine's counts, for tests and tools."""
+        return self._core.stats()
+
+
+class AppRoot:
+    """The root of an engine app: never called. A root opens a port of its own, so the engine is its child."""
+
+    def __init__(self, engine: object) -> None:
+        pass
+
+
+def build_engine(settings: Settings, storage: Storage, deployable: Deployable, renderer: Renderer) -> HealthyEngine:
+    """The engine of the settings for a folder that was checked."""
+    if settings.engine == "echo":
+        return EchoEngine(
+            renderer.tokenizer,
+            stop_token_ids=renderer.stop_token_ids,
+            max_batch_size=settings.max_batch_size,
+            max_waiting=settings.max_waiting,
+            max_resident_adapters=settings.max_resident_adapters,
+        )
+    from service.engine.native.engine import NativeEngine
+
+    return NativeEngine(
+        storage.local_folder(deployable.folder.key),
+        tokenizer=renderer.tokenizer,
+        dtype=settings.engine_dtype,
+        max_batch_size=settings.max_batch_size,
+        max_waiting=settings.max_waiting,
+        max_resident_adapters=settings.max_resident_adapters,
+        num_threads=settings.engine_num_threads or max(1, (os.cpu_count() or 1) // 2),
+        stop_token_ids=renderer.stop_token_ids,
+    )
+
+
+def _render(renderer: Renderer, request: ServeRequest) -> tuple[int, ...]:
+    prompt = request.prompt
+    if isinstance(prompt, ChatPrompt):
+        messages = [message.model_dump(mode="json", exclude_none=True) for message in prompt.messages]
+        return tuple(renderer.encode_prompt(messages))
+    if isinstance(prompt, TextPrompt):
+        return tuple(renderer.encode_text(prompt.text))
+    if max(prompt.token_ids) >= renderer.vocab_size:
+        message = f"A token id is outside this model's vocabulary of {renderer.vocab_size}."
+        raise InvalidRequest(message, param="prompt")
+    return prompt.token_ids
+
+
+def _max_tokens(request: ServeRequest, num_prompt: int, max_context: int) -> int:
+    """How many tokens may be generated; InvalidRequest in OpenAI's words if prompt and wish do not fit the context."""
+    is_chat = isinstance(request.prompt, ChatPrompt)
+    param = "messages" if is_chat else "prompt"
+    limit = f"This model's maximum context length is {max_context} tokens."
+    if num_prompt == 0:
+        raise InvalidRequest("The prompt must not be empty: this model puts no token of its own in front.", param=param)
+    if num_prompt >= max_context:
+        message = f"{limit} However, your {param} resulted in {num_prompt} tokens. Please reduce the length of the {param}."
+        raise InvalidRequest(message, param=param, code="context_length_exceeded")
+    left = max_context - num_prompt
+    if request.max_tokens is None:
+        return min(left, request.default_max_tokens or left)
+    if request.max_tokens > left:
+        message = (
+            f"{limit} However, you requested {num_prompt + request.max_tokens} tokens ({num_prompt} in the {param}, "
+            f"{request.max_tokens} in the completion). Please reduce the length of the {param} or completion."
+        )
+        raise InvalidRequest(message, param=request.max_tokens_param, code="context_length_exceeded")
+    return request.max_tokens
+
+
+def _engine_request(
+    request: ServeRequest, token_ids: tuple[int, ...], max_tokens: int, adapter: Prepared | None
+) -> GenerateRequest:
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        stop=request.stop,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+    )
+    ref = adapter.ref if adapter is not None else None
+    return GenerateRequest(request.request_id, token_ids, sampling, n=request.n, adapter=ref)
+
+
+def _as_service_error(error: Exception, request: ServeRequest) -> ServiceError:
+    """Any failure of a request as what its client may hear."""
+    param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+    match error:
+        case ServiceError():
+            return error
+        case QueueFull():
+            message = "The model is busy: too many requests are waiting. Try again shortly."
+            return RateLimited(message, retry_after_s=QUEUE_RETRY_AFTER_S)
+        case RenderError():
+            return InvalidRequest(f"The model cannot take this prompt: {error}", param=param)
+        case AdapterMismatch() | BrokenFolder():
+            log.error("model %s cannot be served: %s", request.target.model_id, error)
+            return ServiceError("The model cannot be served: its files do not fit its base, or are damaged.")
+        case EngineFailed():
+            return Unavailable("The engine stopped; the request can be sent again.", retry_after_s=QUEUE_RETRY_AFTER_S)
+        case ValueError():
+            return InvalidRequest(f"The model cannot take this request: {error}")
+        case _:
+            log.exception("request %s failed", request.request_id, exc_info=error)
+            return ServiceError("The service had an internal fault; the request id finds it in the service's log.")

@@ -1,0 +1,91 @@
+"""Which examples form which optimizer step, and how a micro-batch lies in memory. No model, no method.
+
+The order depends on (seed, epoch) alone and any step can be asked for directly, so resuming needs no iterator state.
+Examples are concatenated without padding; their lengths travel along, and the model keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+
+class Examples(Protocol):
+    """Tokenised examples, as `datasets.Dataset` gives them: columns `input_ids` and `trained` of equal lengths."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int]) -> dict[str, list[Any]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Examples in one row, longest first. Position i is kept when the token after it, in its example, is trained."""
+
+    input_ids: torch.Tensor  # int64 [num_tokens]
+    lengths: tuple[int, ...]
+    keep: torch.Tensor  # bool [num_tokens]
+    targets: torch.Tensor  # int64 [number of kept positions]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        move = {"device": device, "non_blocking": True}
+        return MicroBatch(self.input_ids.to(**move), self.lengths, self.keep.to(**move), self.targets.to(**move))
+
+
+def collate(rows: dict[str, list[Any]]) -> MicroBatch:
+    """Concatenate examples. Equal lengths become neighbours, so that attention can take them together."""
+    order = sorted(range(len(rows["input_ids"])), key=lambda i: (-len(rows["input_ids"][i]), i))
+    ids = [np.asarray(rows["input_ids"][i], dtype=np.int64) for i in order]
+    keep = []
+    for i in order:
+        trained = np.asarray(rows["trained"][i], dtype=bool)
+        keep.append(np.append(trained[1:], False))  # the first token has nothing before it that could predict it
+    flat_ids, flat_keep = np.concatenate(ids), np.concatenate(keep)
+    targets = np.roll(flat_ids, -1)[flat_keep]
+    lengths = tuple(len(example) for example in ids)
+    return MicroBatch(*map(torch.from_numpy, (flat_ids,)), lengths, torch.from_numpy(flat_keep), torch.from_numpy(targets))
+
+
+def split(items: Sequence[int], num_parts: int) -> list[list[int]]:
+    """At most `num_parts` non-empty consecutive parts of nearly equal size."""
+    return [part.tolist() for part in np.array_split(np.asarray(items, dtype=np.int64), num_parts) if len(part)]
+
+
+class Batches:
+    """The optimizer steps of a run, as one rank sees them."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        n_epochs: int,
+        seed: int,
+        num_micro_batches: int = 1,
+        rank: int = 0,
+        num_workers: int = 1,
+    ) -> None:
+        self._examples, self._batch_size, self._seed = examples, batch_size, seed
+        self._num_micro_batches, self._rank, self._num_workers = num_micro_batches, rank, num_workers
+        self.steps_per_epoch = -(-len(examples) // batch_size)
+        self.total_steps = n_epochs * self.steps_per_epoch
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def indices(self, step: int) -> list[int]:
+        """Examples of one step (1-based) over all ranks."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._examples)))
+        return self._order[1][position * self._batch_size : (position + 1) * self._batch_size].tolist()
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's share of one step; empty when a short last batch leaves nothing for it."""
+        share = self.indices(step)[self._rank :: self._num_workers]
+        return [collate(self._examples[part]) for part in split(share, self._num_micro_batches)]

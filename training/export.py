@@ -1,0 +1,111 @@
+"""Servable folders: an adapter in PEFT layout or full weights, beside the base's tokenizer files. Manifest last."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from training.artifact import MANIFEST, Manifest, commit, hash_files
+from training.lora import adapter_config, config_hash, save_adapter
+from training.spec import TrainSpec
+from training.storage import Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from training.artifact import Fingerprint
+    from training.optim import Trainer
+
+# What turns text into tokens; travels with every adapter, so that serving uses what training used.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """Writes the model of one run in the form that serving reads."""
+
+    spec: TrainSpec
+    base_folder: Path
+    base_dtype: torch.dtype
+    model: PreTrainedModel
+    trainer: Trainer
+
+    def fingerprint(self) -> Fingerprint:
+        """What serving must share with this run."""
+        from training.render import Renderer
+
+        adapter = "none"
+        if self.spec.adapter is not None:
+            adapter = config_hash(adapter_config(self.model, self.spec.adapter, self.spec.base.id))
+        dtype = str(self.base_dtype).removeprefix("torch.")
+        return Renderer.load(self.base_folder).fingerprint(dtype=dtype, adapter=adapter)
+
+    def write(self, folder: Path) -> None:
+        """Write weights and text files into an empty local folder."""
+        if self.spec.adapter is not None:
+            save_adapter(self.model, self.spec.adapter, self.spec.base.id, folder)
+            for name in TEXT_FILES:
+                if (self.base_folder / name).exists():
+                    shutil.copy(self.base_folder / name, folder / name)
+            return
+        self.model.save_pretrained(folder, state_dict=self._full_weights())
+        for file in self.base_folder.iterdir():  # configuration, tokenizer and licences exactly as the base has them
+            is_weights = ".safetensors" in file.name or file.name == MANIFEST
+            if file.is_file() and not is_weights:
+                shutil.copy(file, folder / file.name)
+
+    def _full_weights(self) -> dict[str, torch.Tensor]:
+        """All weights in the base's dtype, from the fp32 masters; tied ones stay one tensor."""
+        masters = {id(param): self.trainer.masters[name] for name, param in self.trainer.params.items()}
+        cast: dict[int, torch.Tensor] = {}
+        weights = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in cast:
+                source = masters.get(id(tensor), tensor).detach()
+                cast[id(tensor)] = source.to(self.base_dtype) if source.is_floating_point() else source
+            weights[name] = cast[id(tensor)]
+        return weights
+
+    def commit(
+        self,
+        storage: Storage,
+        key: str,
+        scratch_dir: Path,
+        kind: Literal["checkpoint", "adapter", "full"],
+        step: int,
+        tensors: dict[str, torch.Tensor] | None = None,
+        state: bytes | None = None,
+    ) -> str:
+        """Write a whole folder to storage, over any unfinished one, and commit it; returns the manifest's hash."""
+        staging = scratch_dir / "staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        self.write(staging)
+        if tensors is not None:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / OPTIMIZER_FILE)
+        if state is not None:
+            (staging / STATE_FILE).write_bytes(state)
+        names = [file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()]
+        manifest = Manifest(
+            kind=kind,
+            files=hash_files(Storage(str(scratch_dir)), "staging", names),  # read here, not back from far storage
+            base_id=self.spec.base.id,
+            base_content_hash=self.spec.base.content_hash,
+            fingerprint=self.fingerprint(),
+            spec=self.spec,
+            step=step,
+        )
+        storage.delete(key)
+        storage.put_folder(staging, key)
+        manifest_hash = commit(storage, key, manifest)
+        shutil.rmtree(staging)
+        return manifest_hash
+
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"

@@ -1,0 +1,300 @@
+"""One run, from a resolved spec to an artifact. The same on a laptop, under torchrun and under Ray Train.
+
+The cycle: set up → resume → steps, with evaluations and checkpoints at their intervals → export. Rank 0 writes and
+reports. What a retry would not mend is returned as an outcome; only crashes raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+
+from training.artifact import read_manifest
+from training.batches import Batches
+from training.checkpoints import Checkpoints, TrainerState
+from training.evaluation import Evaluation, evaluate
+from training.export import Exporter
+from training.failure import Failure, check_flag, is_out_of_memory, out_of_memory
+from training.lora import inject
+from training.methods import supervised
+from training.model import load_model, stored_dtype
+from training.optim import Trainer, learning_rate
+from training.parallel import Workers
+from training.progress import (
+    ArtifactWritten,
+    Channel,
+    CheckpointDeleted,
+    CheckpointSaved,
+    EvalMetrics,
+    Failed,
+    Message,
+    StepMetrics,
+    Stopped,
+    Wish,
+)
+from training.reporter import Reporter
+from training.spec import TrainSpec
+from training.storage import Storage
+
+METHODS = {"supervised": supervised}
+WISHES = list(Wish)
+LOSS, CORRECT, TOKENS, OUT_OF_MEMORY, WISH = range(5)  # what every step sums over the workers beside the gradients
+NUM_SUMS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended, the same on all ranks."""
+
+    status: Literal["finished", "stopped", "failed"]
+    step: int
+    wish: Wish | None = None
+    code: str | None = None
+    message: str | None = None
+
+
+def run(spec: TrainSpec, storage: Storage, run_key: str, channel: Channel, scratch_dir: Path) -> Outcome:
+    """Run, or go on with, the run in the folder `run_key`; every worker of the run calls this."""
+    assert spec.unresolved() == [], f"still on auto: {spec.unresolved()}"
+    workers = Workers.join()
+    with Reporter(channel if workers.rank == 0 else None) as reporter:
+        this = _Run(spec, storage, run_key, scratch_dir, workers, reporter)
+        try:
+            outcome = this.go()
+        except Failure as failure:
+            reporter.say(Failed, code=failure.code, message=failure.message, param=failure.param)
+            outcome = Outcome("failed", this.step, code=failure.code, message=failure.message)
+    workers.leave()
+    return outcome
+
+
+class _Run:
+    """The state of one run on one worker."""
+
+    def __init__(
+        self, spec: TrainSpec, storage: Storage, run_key: str, scratch_dir: Path, workers: Workers, reporter: Reporter
+    ) -> None:
+        self.spec, self.storage, self.run_key, self.scratch_dir = spec, storage, run_key, scratch_dir
+        self.workers, self.reporter = workers, reporter
+        self.method = METHODS[spec.method]
+        self.checkpoints = Checkpoints(storage, run_key, spec)
+        self.artifact_key = f"{run_key}/artifact"
+        self.step = 0
+        self.num_trained_tokens = 0
+        self.evaluation: tuple[int, Evaluation] | None = None  # the last one and its step
+
+    def go(self) -> Outcome:
+        """The whole cycle."""
+        artifact = read_manifest(self.storage, self.artifact_key)
+        if artifact is not None:
+            self._say_known_checkpoints()
+            return self._finish(artifact.hash(), artifact.step or 0)
+        self._agree_on(self._set_up)
+        self._say_known_checkpoints()
+        if self._agreed_wish() is Wish.CANCEL:
+            return self._stop(Wish.CANCEL)
+        while self.step < self.batches.total_steps:
+            self.step += 1
+            wish = self._train_step()
+            is_last = self.step == self.batches.total_steps
+            if wish is Wish.CANCEL:
+                return self._stop(wish)
+            if wish is Wish.CHECKPOINT_AND_STOP and not is_last:
+                self._save_checkpoint()
+                return self._stop(wish)
+            if is_last or self.step % cast(int, self.spec.eval_interval) == 0:
+                self._evaluate()
+            if is_last or self.step % cast(int, self.spec.checkpoint_interval) == 0:
+                self._save_checkpoint()
+        return self._export()
+
+    def _set_up(self) -> None:
+        """Data, model, optimizer; then the last committed checkpoint, if there is one."""
+        spec, hyper = self.spec, self.spec.hyperparameters
+        base_folder = self.storage.local_folder(spec.base.key)
+        self.train_set, self.valid_set = self.method.load(spec, self.storage)
+        if len(self.train_set) == 0:
+            raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
+        self.batches = Batches(
+            self.train_set,
+            batch_size=cast(int, hyper.batch_size),
+            n_epochs=cast(int, hyper.n_epochs),
+            seed=spec.seed,
+            num_micro_batches=cast(int, hyper.gradient_accumulation_steps),
+            rank=self.workers.rank,
+            num_workers=self.workers.size,
+        )
+        self._build_model(base_folder)
+        state = self.checkpoints.restore(self.exporter)
+        if state is not None:
+            assert state.total_steps == self.batches.total_steps, "the data changed under a run"
+            self.step, self.num_trained_tokens = state.step, state.num_trained_tokens
+            self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy
+            self.reporter.say(Message, text=f"Resumed from the checkpoint of step {state.step}.")
+
+    def _build_model(self, base_folder: Path) -> None:
+        """Frozen weights are held in the compute dtype; trained ones have fp32 masters in the trainer."""
+        spec = self.spec
+        dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+        full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
+        self.model = load_model(base_folder, full_load, self.workers.device)
+        if spec.adapter is not None:
+            inject(self.model, spec.adapter, spec.seed)
+        self.trainer = Trainer(self.model, spec.hyperparameters, NUM_SUMS, dtype if spec.adapter is None else None)
+        self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
+
+    def _train_step(self) -> Wish:
+        """One optimizer step over all workers; returns the wish that they agree on. Failure stops before the update."""
+        started = time.perf_counter()
+        self._seed()
+        self.trainer.zero()
+        sums = self.trainer.sums
+        try:
+            for batch in self.batches.micro_batches(self.step):
+                loss, num_correct = self.method.loss_sums(self.model, batch.to(self.workers.device))
+                loss.backward()
+                sums[LOSS] += loss.detach()
+                sums[CORRECT] += num_correct
+                sums[TOKENS] += len(batch.targets)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sums[OUT_OF_MEMORY] += 1
+        if self.workers.rank == 0:
+            sums[WISH] += WISHES.index(self.reporter.wish)
+        self.workers.sum_(self.trainer.flat)
+        *totals, norm = torch.cat([sums, self.trainer.grad_norm()[None]]).tolist()  # the step's only wait for a device
+        check_flag(totals[OUT_OF_MEMORY])
+        self._update(totals[LOSS], totals[CORRECT], totals[TOKENS], norm, started)
+        return WISHES[round(totals[WISH])]
+
+    def _update(self, loss_sum: float, num_correct: float, num_tokens: float, norm_sum: float, started: float) -> None:
+        """The optimizer step, after looking at what it would do."""
+        hyper = self.spec.hyperparameters
+        rate = learning_rate(hyper, self.step, self.batches.total_steps)
+        count = max(num_tokens, 1.0)
+        self.train_loss, self.train_accuracy, norm = loss_sum / count, num_correct / count, norm_sum / count
+        self._check_finite(self.train_loss, norm, rate)
+        self.trainer.step(rate, min(1.0, hyper.max_grad_norm / (norm + 1e-6)) / count)
+        self.num_trained_tokens += round(num_tokens)
+        self.reporter.say(
+            StepMetrics,
+            step=self.step,
+            total_steps=self.batches.total_steps,
+            epoch=self.step / self.batches.steps_per_epoch,
+            train_loss=self.train_loss,
+            train_mean_token_accuracy=self.train_accuracy,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_trained_tokens=round(num_tokens),
+            tokens_per_s=num_tokens / (time.perf_counter() - started),
+        )
+
+    def _check_finite(self, loss: float, norm: float, rate: float) -> None:
+        """Stop before the weights are damaged."""
+        total = loss + norm
+        if total - total == 0:  # false for infinities and for what is not a number
+            return
+        kept = self.checkpoints.committed()
+        raise Failure(
+            "loss_not_finite",
+            f"Training stopped at step {self.step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}. "
+            "The step was not applied"
+            + (f", and the checkpoint of step {kept[-1]} is kept. " if kept else ". ")
+            + "Use a lower learning_rate or a longer warm-up, and check the training file for unusual rows.",
+            "hyperparameters.learning_rate",
+        )
+
+    def _seed(self) -> None:
+        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
+        digest = hashlib.sha256(f"{self.spec.seed} {self.step} {self.workers.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _evaluate(self) -> None:
+        if not self.valid_set:
+            return
+        hyper = self.spec.hyperparameters
+        parts = self.workers.size * cast(int, hyper.gradient_accumulation_steps)
+        micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
+        result = evaluate(self.model, self.method.loss_sums, self.valid_set, self.workers, micro_batch_size)
+        self.evaluation = (self.step, result)
+        self.reporter.say(
+            EvalMetrics, step=self.step, valid_loss=result.loss, valid_mean_token_accuracy=result.accuracy
+        )
+
+    def _save_checkpoint(self) -> None:
+        """Checkpoint of exactly this step, then make room."""
+        if self.workers.rank != 0:
+            return
+        evaluation = self.evaluation[1] if self.evaluation and self.evaluation[0] == self.step else None
+        state = TrainerState(
+            step=self.step,
+            total_steps=self.batches.total_steps,
+            epoch=self.step / self.batches.steps_per_epoch,
+            num_trained_tokens=self.num_trained_tokens,
+            train_loss=self.train_loss,
+            train_mean_token_accuracy=self.train_accuracy,
+            valid_loss=evaluation.loss if evaluation else None,
+            valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
+        )
+        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir)
+        self._say_checkpoint(state, manifest_hash)
+        for step in self.checkpoints.prune():
+            self.reporter.say(CheckpointDeleted, step=step, key=self.checkpoints.key(step))
+
+    def _say_known_checkpoints(self) -> None:
+        """Repeat what an earlier attempt may have died before saying; the owner stores each checkpoint once."""
+        if self.workers.rank == 0:
+            for step in self.checkpoints.committed():
+                self._say_checkpoint(self.checkpoints.state(step), self.checkpoints.manifest_hash(step))
+
+    def _say_checkpoint(self, state: TrainerState, manifest_hash: str) -> None:
+        key = self.checkpoints.key(state.step)
+        self.reporter.say(CheckpointSaved, step=state.step, key=key, manifest_hash=manifest_hash, **state.metrics())
+
+    def _export(self) -> Outcome:
+        """Write the final artifact."""
+        if self.workers.rank != 0:
+            return Outcome("finished", self.step)
+        kind: Literal["adapter", "full"] = "full" if self.spec.adapter is None else "adapter"
+        manifest_hash = self.exporter.commit(self.storage, self.artifact_key, self.scratch_dir, kind, self.step)
+        return self._finish(manifest_hash, self.step)
+
+    def _finish(self, manifest_hash: str, step: int) -> Outcome:
+        self.reporter.say(ArtifactWritten, key=self.artifact_key, manifest_hash=manifest_hash, step=step)
+        return Outcome("finished", step)
+
+    def _stop(self, wish: Wish) -> Outcome:
+        self.reporter.say(Stopped, wish=wish, step=self.step)
+        return Outcome("stopped", self.step, wish=wish)
+
+    def _agree_on(self, work: Callable[[], None]) -> None:
+        """Do work that every worker does by itself; when one of them fails, all of them do."""
+        failure: Failure | None = None
+        try:
+            work()
+        except Failure as error:
+            failure = error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = out_of_memory()
+        num_failed = self._sum(float(failure is not None))
+        if num_failed:
+            raise failure or Failure("worker_failed", "Another worker of this run could not start.")
+
+    def _agreed_wish(self) -> Wish:
+        """Rank 0's wish, known to all."""
+        return WISHES[round(self._sum(float(WISHES.index(self.reporter.wish)) if self.workers.rank == 0 else 0.0))]
+
+    def _sum(self, value: float) -> float:
+        """The sum of one number over the workers."""
+        total = torch.tensor(value, device=self.workers.device)
+        self.workers.sum_(total)
+        return total.item()

@@ -1,0 +1,138 @@
+"""LoRA of our own: layers, injection, and the PEFT layout in which adapters are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import dropout, linear
+from transformers.pytorch_utils import Conv1D
+
+from training.artifact import canonical_json
+from training.failure import Failure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from training.spec import LoraSpec
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer W plus scale * B @ A. A and B are fp32 masters, computed with in the input's dtype."""
+
+    def __init__(self, base: nn.Module, in_features: int, out_features: int, spec: LoraSpec) -> None:
+        super().__init__()
+        rank, alpha = cast(int, spec.rank), cast(float, spec.alpha)
+        self.base = base
+        self.scale, self.dropout = alpha / rank, spec.dropout
+        device = next(base.parameters()).device
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + scale * (x A^T) B^T."""
+        dropped = dropout(x, self.dropout, self.training) if self.dropout else x
+        low = linear(dropped, self.lora_A.to(x.dtype))
+        return self.base(x) + linear(low * self.scale, self.lora_B.to(x.dtype))
+
+
+def inject(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
+    """Freeze the model and wrap its target layers; returns their names. The same seed gives the same A everywhere."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    names = _target_names(model, spec)
+    for name in names:
+        base = model.get_submodule(name)
+        in_features, out_features = _features(base)
+        layer = LoraLinear(base, in_features, out_features, spec)
+        start = nn.init.kaiming_uniform_(torch.empty(layer.lora_A.shape), a=math.sqrt(5), generator=generator)
+        layer.lora_A.data.copy_(start)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return names
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """Input and output width; GPT-2's Conv1D keeps its weight the other way round."""
+    rows, columns = cast(torch.Tensor, layer.weight).shape
+    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+
+
+def _target_names(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
+    """Linear layers that the spec names; the output head is never one of them. Failure if a target matches nothing."""
+    head = model.get_output_embeddings()
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    if spec.targets == "all-linear":
+        return linears
+    for target in spec.targets:
+        if not any(_matches(name, target) for name in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            message = f"No linear layer of the base model is called {target!r}; it has: {known}."
+            raise Failure("invalid_lora_target", message, "adapter.targets")
+    return [name for name in linears if any(_matches(name, target) for target in spec.targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def adapter_config(model: PreTrainedModel, spec: LoraSpec, base_id: str) -> dict[str, Any]:
+    """The adapter's configuration in PEFT's words."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_id,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers})
+        if spec.targets == "all-linear"
+        else sorted(spec.targets),
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "bias": "none",
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """The `adapter` part of a fingerprint."""
+    return hashlib.sha256(canonical_json(config)).hexdigest()
+
+
+def lora_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A and B of every wrapped layer by their names in a PEFT file."""
+    return {
+        f"{_PREFIX}{name}.{part}.weight": getattr(module, part)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def save_adapter(model: PreTrainedModel, spec: LoraSpec, base_id: str, folder: Path) -> None:
+    """Write the adapter in PEFT layout."""
+    config = adapter_config(model, spec, base_id)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Read an adapter's weights into an injected model; ValueError if they do not fit it."""
+    stored, own = load_file(folder / WEIGHTS_FILE), lora_tensors(model)
+    if stored.keys() != own.keys():
+        raise ValueError(f"adapter and model differ in {sorted(stored.keys() ^ own.keys())[:3]}")
+    for name, tensor in own.items():
+        tensor.data.copy_(stored[name])

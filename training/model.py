@@ -1,0 +1,77 @@
+"""The model of a run: loading it from a base folder, and logits for a micro-batch. LoRA is in `training.lora`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from training.attention import PACKED, PACKED_MODEL_TYPES
+from training.failure import Failure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from training.batches import MicroBatch
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base model in `dtype`, ready to train on packed rows where its architecture allows it."""
+    config = json.loads((folder / "config.json").read_text())
+    packed = config.get("model_type") in PACKED_MODEL_TYPES and not config.get("use_bidirectional_attention")
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **({"attn_implementation": PACKED} if packed else {}),
+        )
+    except (ValueError, KeyError) as error:  # an architecture that this transformers does not know, or a broken config
+        raise Failure("invalid_base_model", f"The base model cannot be loaded: {error}", "model") from error
+    model.config.use_cache = False
+    return model.to(device).train()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a folder keeps its weights (that of its first floating-point tensor)."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                dtype = _DTYPES.get(weights.get_slice(name).get_dtype())
+                if dtype is not None:
+                    return dtype
+    return torch.float32
+
+
+def kept_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+    """Logits [kept positions, vocabulary]; the vocabulary is never spread over positions that have no loss."""
+    if model.config._attn_implementation == PACKED:
+        positions = torch.cat([torch.arange(length) for length in batch.lengths]).to(batch.input_ids.device)
+        return model(
+            input_ids=batch.input_ids[None],
+            position_ids=positions[None],
+            logits_to_keep=batch.keep[None],
+            example_lengths=batch.lengths,
+            use_cache=False,
+        ).logits
+    return _padded_logits(model, batch)
+
+
+def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+    """One row per example, padded on the right, where no causal position looks."""
+    rows = [x.split(batch.lengths) for x in (batch.input_ids, batch.keep)]
+    input_ids, keep = (torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in rows)
+    lengths = torch.tensor(batch.lengths, device=input_ids.device)
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]
+    logits = model(input_ids=input_ids, attention_mask=mask.long(), logits_to_keep=keep, use_cache=False).logits
+    return logits if logits.ndim == 2 else logits[keep]

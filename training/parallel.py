@@ -1,0 +1,46 @@
+"""The workers of one run as one group: rank, size, device, and sums in a fixed order.
+
+Works alone, under torchrun (which this file joins), and under Ray Train (which sets the group up before the loop).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among the workers of its run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> Workers:
+        """The group that exists, the one torchrun describes, or a group of one."""
+        device = torch.device("cpu")
+        launched = dist.is_available() and dist.is_torchelastic_launched()
+        if torch.cuda.is_available():
+            if launched:
+                torch.cuda.set_device(dist.get_node_local_rank(0))
+            device = torch.device("cuda", torch.cuda.current_device())
+        if launched and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(0, 1, device)
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by its sum over the workers; one flat call, so the order of additions never changes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def leave(self) -> None:
+        """Wait for the others and dissolve a group that torchrun started."""
+        if self.size > 1 and dist.is_torchelastic_launched():
+            dist.barrier()
+            dist.destroy_process_group()
