@@ -47,8 +47,8 @@ def gateway_app(settings: Settings, instance_id: str) -> serve.Application:
     """The Serve application of the gateways, to be run under `naming.gateway_app_name`."""
     from ray import serve
 
-    deployment = serve.deployment(serve.ingress()(Gateway))  # type: ignore[call-arg]
-    return deployment.options(
+    deployment = serve.deployment(serve.ingress()(Gateway))
+    return deployment.options(  # type: ignore[attr-defined]  # Serve types its own decorator as a plain function
         name="Gateway",
         num_replicas=settings.num_gateways,
         max_ongoing_requests=10_000,  # streams are cheap here; the engines' bounded queues push back
@@ -99,7 +99,7 @@ def ray_platform(settings: Settings, instance_id: str) -> Platform:
         db=db,
         storage=Storage(settings.resolved_storage_url),
         catalog=Catalog(db),
-        engines=RayEngines(settings, instance_id),
+        engines=RayEngines(instance_id),
         metrics=Metrics(hub_client(instance_id)),
     )
 

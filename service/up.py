@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import threading
@@ -153,11 +154,11 @@ def _cluster(settings: Settings) -> Iterator[bool]:
             dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=settings.log_level == "debug",
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     else:
         try:
-            ray.init(address=settings.ray_address, log_to_driver=False, logging_level="warning")
+            ray.init(address=settings.ray_address, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise UpError(f"No Ray cluster answers at {settings.ray_address}: {error}") from None
     try:
@@ -187,18 +188,16 @@ def _start_serve(settings: Settings) -> None:
 def _run_gateways(settings: Settings, instance_id: str) -> str:
     """Deploy the gateways; returns the URL they are mounted at."""
     name = gateway_app_name(instance_id)
-    taken = {app.route_prefix: other for other, app in _applications().items() if other != name}
+    client = serve.context._connect()  # Serve's public API tells neither routes nor the HTTP options in force
+    apps = client.get_serve_details()["applications"]
+    taken = {app["route_prefix"] for other, app in apps.items() if other != name}
     prefix = settings.route_prefix
     if prefix in taken:
         prefix = f"/tunesmith-{instance_id}"  # two Tunesmiths, or another Serve app, on one cluster
     serve.run(gateway_app(settings, instance_id), name=name, route_prefix=prefix)
-    http = serve.context._get_global_client().http_config
+    http = client.http_config
     host = "127.0.0.1" if http.host in ("0.0.0.0", "::", None) else http.host
     return f"http://{host}:{http.port}{prefix.rstrip('/')}"
-
-
-def _applications() -> dict[str, serve.schema.ApplicationStatusOverview]:
-    return dict(serve.status().applications)
 
 
 def _await_ready(url: str, stop: threading.Event) -> None:
@@ -219,7 +218,7 @@ def _take_down(settings: Settings, instance_id: str, owns_cluster: bool) -> None
     """Drain: jobs are requeued while open streams finish; then everything of ours goes."""
     orchestrator = find_orchestrator(instance_id)
     drained = orchestrator.drain.remote() if orchestrator is not None else None
-    if gateway_app_name(instance_id) in _applications():
+    if gateway_app_name(instance_id) in serve.status().applications:
         serve.delete(gateway_app_name(instance_id))
     if drained is not None:
         try:

@@ -105,7 +105,9 @@ def test_every_file_has_a_docstring_and_fits_its_size() -> None:
         assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path} has no module docstring"
 
 
-@pytest.mark.parametrize("module", ["service.app", "service.cli", "training.render", "training.plan", *sorted(CONTRACT)])
+@pytest.mark.parametrize(
+    "module", ["service.app", "service.cli", "training.render", "training.plan", *sorted(CONTRACT)]
+)
 def test_imports_without_torch(module: str) -> None:
     code = f"import sys, {module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

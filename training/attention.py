@@ -61,7 +61,6 @@ def _band(length: int, sliding_window: int | None, device: torch.device) -> torc
 
 def _no_mask(*_: Any, **__: Any) -> None:
     """Packed attention knows the borders from the lengths."""
-    return None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -50,7 +50,7 @@ def collate(rows: dict[str, list[Any]]) -> MicroBatch:
     flat_ids, flat_keep = np.concatenate(ids), np.concatenate(keep)
     targets = np.roll(flat_ids, -1)[flat_keep]
     lengths = tuple(len(example) for example in ids)
-    return MicroBatch(*map(torch.from_numpy, (flat_ids,)), lengths, torch.from_numpy(flat_keep), torch.from_numpy(targets))
+    return MicroBatch(torch.from_numpy(flat_ids), lengths, torch.from_numpy(flat_keep), torch.from_numpy(targets))
 
 
 def split(items: Sequence[int], num_parts: int) -> list[list[int]]:

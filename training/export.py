@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from training.artifact import MANIFEST, Manifest, commit, hash_files
 from training.lora import adapter_config, config_hash, save_adapter
+from training.render import TOKENIZER_FILES, Renderer
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from training.artifact import Fingerprint
     from training.optim import Trainer
 
-# What turns text into tokens; travels with every adapter, so that serving uses what training used.
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,6 @@ class Exporter:
 
     def fingerprint(self) -> Fingerprint:
         """What serving must share with this run."""
-        from training.render import Renderer
-
         adapter = "none"
         if self.spec.adapter is not None:
             adapter = config_hash(adapter_config(self.model, self.spec.adapter, self.spec.base.id))
@@ -49,7 +48,7 @@ class Exporter:
         """Write weights and text files into an empty local folder."""
         if self.spec.adapter is not None:
             save_adapter(self.model, self.spec.adapter, self.spec.base.id, folder)
-            for name in TEXT_FILES:
+            for name in (*TOKENIZER_FILES, "config.json"):  # all that a Renderer reads: serving renders as training did
                 if (self.base_folder / name).exists():
                     shutil.copy(self.base_folder / name, folder / name)
             return
@@ -105,7 +104,3 @@ class Exporter:
         manifest_hash = commit(storage, key, manifest)
         shutil.rmtree(staging)
         return manifest_hash
-
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"

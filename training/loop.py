@@ -118,7 +118,7 @@ class _Run:
         """Data, model, optimizer; then the last committed checkpoint, if there is one."""
         spec, hyper = self.spec, self.spec.hyperparameters
         base_folder = self.storage.local_folder(spec.base.key)
-        self.train_set, self.valid_set = self.method.load(spec, self.storage)
+        self.train_set, self.valid_set = self.method.load(spec, self.storage, self.scratch_dir / "examples")
         if len(self.train_set) == 0:
             raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
         self.batches = Batches(

@@ -7,8 +7,9 @@ owner also retries: a worker that crashes ends `fit` with an exception, and noth
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -97,4 +98,7 @@ def _work(config: dict[str, Any]) -> None:
         torch.cuda.set_device(context.get_local_rank() % torch.cuda.device_count())
     scratch_dir = Path(config["scratch_dir"]) / f"rank-{context.get_world_rank()}"
     channel = ActorChannel(config["channel_actor"])
-    loop.run(cast(TrainSpec, config["spec"]), Storage(config["storage_url"]), config["run_key"], channel, scratch_dir)
+    try:
+        loop.run(config["spec"], Storage(config["storage_url"]), config["run_key"], channel, scratch_dir)
+    finally:
+        shutil.rmtree(scratch_dir, ignore_errors=True)

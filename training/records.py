@@ -180,7 +180,7 @@ def _chat(value: dict[str, Any]) -> ChatRecord:
     messages = tuple(reader.read(item, f"messages[{index}]") for index, item in enumerate(items))
     last = messages[-1]
     require(last.role == "assistant", f"messages[{len(messages) - 1}].role: the last message must be the assistant's")
-    trained = any(message.role == "assistant" and message.weight != 0 for message in messages)
+    trained = [message for message in messages if message.role == "assistant" and message.weight != 0]
     require(trained, "messages: every assistant message has weight 0, nothing to train on")
     parallel = value.get("parallel_tool_calls")
     require(parallel is None or isinstance(parallel, bool), "parallel_tool_calls: must be true or false")
@@ -234,10 +234,8 @@ class _Messages:
         if item.get("tool_calls") is None:
             return None if legacy is None else (self._legacy_call(legacy, f"{path}.function_call"),)
         require(legacy is None, f"{path}: has both tool_calls and the older function_call; keep tool_calls")
-        calls = tuple(
-            self._call(call, f"{path}.tool_calls[{index}]")
-            for index, call in enumerate(filled_list(item["tool_calls"], f"{path}.tool_calls"))
-        )
+        listed = filled_list(item["tool_calls"], f"{path}.tool_calls")
+        calls = tuple(self._call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(listed))
         ids = {call.id for call in calls}
         require(len(ids) == len(calls), f"{path}.tool_calls: two calls share an id; each needs its own")
         self.call_ids |= ids
@@ -269,9 +267,8 @@ class _Messages:
         name = filled_field(item, path, "name")
         if name not in self.legacy_calls:
             raise Fault(f"{path}.name: no earlier assistant message has a function_call of {show(name)}")
-        content = _content(item, path)
-        require(content is not None, f"{path}.content: must be text, not null")
-        return ChatMessage(role="tool", content=content, name=name, tool_call_id=self.legacy_calls[name])
+        require(item.get("content") is not None, f"{path}.content: must be text, not null")
+        return ChatMessage(role="tool", content=_content(item, path), name=name, tool_call_id=self.legacy_calls[name])
 
 
 _ROLE_KEYS: dict[str, tuple[str, ...]] = {
@@ -304,10 +301,9 @@ def _tools(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     require(tools is None or functions is None, "functions: is the older form of tools; keep only tools")
     if tools is None:
-        return tuple(
-            {"type": "function", "function": _function(function, f"functions[{index}]")}
-            for index, function in enumerate(filled_list(functions, "functions"))
-        )
+        old = filled_list(functions, "functions")
+        listed = [_function(item, f"functions[{index}]") for index, item in enumerate(old)]
+        return tuple({"type": "function", "function": function} for function in listed)
     for index, tool in enumerate(filled_list(tools, "tools")):
         path = f"tools[{index}]"
         if not isinstance(tool, dict):
@@ -340,9 +336,8 @@ def _content(item: dict[str, Any], path: str) -> str | None:
         return content
     if not isinstance(content, list):
         raise Fault(f"{path}.content: {show(content)} is not text")
-    return "".join(
-        _part(part, f"{path}.content[{index}]") for index, part in enumerate(filled_list(content, f"{path}.content"))
-    )
+    parts = filled_list(content, f"{path}.content")
+    return "".join(_part(part, f"{path}.content[{index}]") for index, part in enumerate(parts))
 
 
 def _part(part: Any, path: str) -> str:

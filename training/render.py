@@ -78,9 +78,10 @@ class Renderer:
         """The special token that ends assistant turns ends an answer too, also where the configuration forgot it (a
         ChatML template on a base whose eos is <|endoftext|>): it is what the model learns to stop with."""
         assert self._template is not None
-        ending = self._plain.encode(self._template.turn_end_text(), add_special_tokens=False).ids
-        if ending and ending[-1] not in self.stop_token_ids and added.get(self.tokenizer.id_to_token(ending[-1]) or ""):
-            self.stop_token_ids = (*self.stop_token_ids, ending[-1])
+        text = self._template.turn_end()
+        ending = self.tokenizer.token_to_id(text) if text else None
+        if ending is not None and ending not in self.stop_token_ids:
+            self.stop_token_ids = (*self.stop_token_ids, ending)
             stops = {text for id in self.stop_token_ids if (text := self.tokenizer.id_to_token(id)) in added}
             self._template = ChatTemplate(template, tool_template, self.special_tokens, added, stops)
 

@@ -50,7 +50,10 @@ def decode(line: bytes, *, first: bool = False) -> Any:
     if not text:
         raise Fault("the line is empty; one JSON object is needed")
     value = _parse(text, first)
-    _check_tree(value)
+    if text.count("{") + text.count("[") > MAX_DEPTH and isinstance(value, dict | list):
+        _check_depth(value)
+    if "\\ud" in text or "\\uD" in text:  # UTF-8 itself holds no lone surrogate, only an escape can bring one
+        _check_surrogates(value)
     return value
 
 
@@ -112,30 +115,25 @@ def _finite(digits: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
-def _check_tree(value: Any) -> None:
-    """Bound the nesting and refuse text that no UTF-8 can hold; a loop, so that depth cannot hurt it."""
+def _check_depth(value: Any) -> None:
+    """Bound the nesting; a loop, so that depth cannot hurt it."""
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for item in level:
-            if isinstance(item, str):
-                _check_text(item)
-            elif isinstance(item, dict):
-                below.extend(item)
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-        if not below:
+            below.extend(item.values() if isinstance(item, dict) else item)
+        level = [item for item in below if isinstance(item, dict | list)]
+        if not level:
             return
-        level = below
     raise Fault(f"nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_text(text: str) -> None:
+def _check_surrogates(value: Any) -> None:
+    """Refuse text that no UTF-8 can hold. The depth is bounded by now."""
     try:
-        text.encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
+        code = f"\\u{ord(error.object[error.start]):04x}"
         raise Fault(f"{code} is half of a surrogate pair; write the character itself or both halves") from None
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -72,6 +73,7 @@ class ChatTemplate:
         self._assistant_control = re.compile(_either(specials | stop_tokens))
         self._stop = re.compile(f"(?<!{TOKEN_START})(?:{_either(stop_tokens)})")
         self._special = re.compile(f"(?<!{TOKEN_START})(?:{_either(specials)})")
+        self._border = re.compile(f"{_either(set(added_tokens))}|\n")
         self._generation_prompt: str | None = None
 
     # -- rendering ---------------------------------------------------------------------------------------------------
@@ -94,15 +96,15 @@ class ChatTemplate:
     def _first_that_renders(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, render: Callable[[Conversation], Any]
     ) -> Any:
-        """Try the forms that templates want messages in, most usual first; the first form's error is the one told."""
-        first: RenderError | None = None
+        """Try the forms that templates want messages in, most usual first; of the errors the most telling is raised."""
+        errors: list[RenderError] = []
         for chat in self._forms(messages, tools):
             try:
                 return render(chat)
             except RenderError as error:
-                first = first or error
-        assert first is not None
-        raise first
+                errors.append(error)
+        # A template's own raise_exception and what we found dropped say more than a TypeError inside a template.
+        raise next((error for error in errors if type(error.__cause__) in (NoneType, TemplateError)), errors[0])
 
     def _forms(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Iterator[Conversation]:
         """Forms in a fixed order, so that training and serving pick the same: tool arguments as objects (what templates
@@ -276,8 +278,11 @@ class ChatTemplate:
         if prompt and ahead.messages:
             ends = self._trace(ahead, prompt, True).ends
             tail = prompt[ends[index - 1] :] if index - 1 in ends else ""
-            if tail and text.startswith(tail, before) and before + len(tail) <= first:
-                return before + len(tail)
+            # The prompt may already open a thought that this turn does not have: then the header before it is shared.
+            shared = common_prefix([tail, text[before:first]])
+            borders = [0, *(m.end() for m in self._border.finditer(tail)), len(tail)]
+            if (length := max(border for border in borders if border <= shared)) > 0:
+                return before + length
         if index not in traces.content_starts:
             raise RenderError("cannot tell where an assistant turn begins in the text that the chat template writes")
         return len(text[:first].rstrip(" ")) if first > before else first
@@ -301,14 +306,16 @@ class ChatTemplate:
             self._generation_prompt = with_prompt[common_prefix([with_prompt, without]) :]
         return self._generation_prompt
 
-    def turn_end_text(self) -> str:
-        """The text between a plain assistant answer and the end of its turn, for example an end-of-turn token."""
+    def turn_end(self) -> str | None:
+        """The special token that the template puts directly behind an answer, if it puts one."""
         messages: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Quartz"}]
         try:
-            text, spans = self.example(messages, None, [False, True])
+            text, _ = self._render(Conversation(messages, None), False)
         except RenderError:
-            return ""
-        return text[text.rfind("Quartz") + len("Quartz") : spans[-1][1]] if spans else ""
+            return None
+        tail = text[text.rfind("Quartz") + len("Quartz") :].lstrip() if "Quartz" in text else ""
+        found = self._special.match(tail)
+        return found.group() if found and found.group() else None
 
 
 def _other_content(message: Message, word: str) -> Message:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
+from sqlalchemy.orm import Session
 
 from service.api.create_job import Attempt, create_job
 from service.api.deps import JobsDep, PlatformDep
@@ -13,12 +15,16 @@ from service.api.follow import SSE_HEADERS, Follower
 from service.api.paging import After, Limit, list_page, refuse_unknown_query
 from service.api.schemas import CreateJob
 from service.api.views import checkpoint_json, event_json, job_json
-from service.errors import InvalidRequest
+from service.auth import Caller
+from service.errors import InvalidRequest, Unavailable
+from service.platform import Platform
 from service.store import checkpoints, events, jobs
 from service.store.paging import Page, page
 from service.store.tables import Checkpoint, Event, Job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+MAX_WISH_ATTEMPTS = 5
 
 RetryCount = Annotated[str | None, Header(alias="x-stainless-retry-count")]
 IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key", max_length=256)]
@@ -82,25 +88,31 @@ def retrieve(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]
 @router.post("/{job_id}/cancel")
 def cancel(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """Cancel at once without a live run, otherwise after the current step."""
-    with platform.db.write() as tx:
-        job = jobs.request_cancel(tx, who.project_id, job_id)
-    return job_json(job, platform.settings.organization)
+    return _wish(platform, who, job_id, jobs.request_cancel)
 
 
 @router.post("/{job_id}/pause")
 def pause(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """Pause at once without a live run, otherwise after a checkpoint of the current step."""
-    with platform.db.write() as tx:
-        job = jobs.request_pause(tx, who.project_id, job_id)
-    return job_json(job, platform.settings.organization)
+    return _wish(platform, who, job_id, jobs.request_pause)
 
 
 @router.post("/{job_id}/resume")
 def resume(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """Let a paused job go on."""
-    with platform.db.write() as tx:
-        job = jobs.request_resume(tx, who.project_id, job_id)
-    return job_json(job, platform.settings.organization)
+    return _wish(platform, who, job_id, jobs.request_resume)
+
+
+def _wish(platform: Platform, who: Caller, job_id: str, wish: Callable[[Session, str, str], Job]) -> dict[str, Any]:
+    """Write a wish down; tried again when the job's state moved in between, which only PostgreSQL lets happen."""
+    for _ in range(MAX_WISH_ATTEMPTS):
+        try:
+            with platform.db.write() as tx:
+                job = wish(tx, who.project_id, job_id)
+        except jobs.StateConflict:
+            continue
+        return job_json(job, platform.settings.organization)
+    raise Unavailable("The job is changing its state right now; try again.", retry_after_s=1.0)
 
 
 @router.get("/{job_id}/events", response_model=None)

@@ -200,9 +200,7 @@ async def _first(outputs: AsyncGenerator[list[Delta], None]) -> list[Delta]:
     return await anext(outputs)
 
 
-async def _whole(
-    generation: Generation, outputs: AsyncGenerator[list[Delta], None], answer: Answer
-) -> dict[str, Any]:
+async def _whole(generation: Generation, outputs: AsyncGenerator[list[Delta], None], answer: Answer) -> dict[str, Any]:
     texts = [""] * generation.num_choices
     reasons = [""] * generation.num_choices
     async for deltas in outputs:
@@ -233,13 +231,6 @@ async def _frames(
 
 async def _merge(streams: list[AsyncGenerator[list[Delta], None]]) -> AsyncGenerator[list[Delta], None]:
     """All streams as one, from the moment when all have begun; the first error ends all."""
-    queue: asyncio.Queue[list[Delta] | None] = asyncio.Queue()
-
-    async def pump(stream: AsyncGenerator[list[Delta], None]) -> None:
-        async with aclosing(stream):
-            async for deltas in stream:
-                queue.put_nowait(deltas)
-
     queue: asyncio.Queue[tuple[int, list[Delta] | Exception | None]] = asyncio.Queue()
     pumps = [asyncio.create_task(_pump(number, stream, queue)) for number, stream in enumerate(streams)]
     held: list[Delta] = []

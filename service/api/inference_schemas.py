@@ -61,6 +61,8 @@ def parse(model: type[Body], body: bytes, neutral: Neutral) -> Body:
     """The request in the body; InvalidRequest, UnsupportedParameter or RequestValidationError name what is wrong."""
     try:
         raw = json.loads(body)
+        if b"\\u" in body:
+            json.dumps(raw, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no character
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(raw, dict):
@@ -81,7 +83,9 @@ def _is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
 
 def _no_obfuscation(value: Any) -> Any:
     if value is True:
-        raise PydanticCustomError("unsupported_parameter", "Unsupported parameter: 'include_obfuscation' must be false.")
+        raise PydanticCustomError(
+            "unsupported_parameter", "Unsupported parameter: 'include_obfuscation' must be false."
+        )
     return value
 
 
@@ -253,5 +257,5 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return self.prompt

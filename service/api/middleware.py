@@ -24,6 +24,7 @@ from service.platform import Platform
 
 log = logging.getLogger(__name__)
 
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OPENAI_VERSION: Final = "2020-10-01"
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})  # everything else needs a key, unknown paths included
 UPLOAD_PATHS: Final = frozenset({"/v1/files"})  # streamed to storage under a limit of their own
@@ -108,7 +109,8 @@ class RequestContext:
             "key_id": caller.key_id if caller else None,
         }
         log.info("request", extra={"fields": line})
-        self._metrics.observe_request(template, scope["method"], status, seconds)
+        method = scope["method"] if scope["method"] in METHODS else "other"  # clients must not make up label values
+        self._metrics.observe_request(template, method, status, seconds)
 
 
 def _request_id_of(headers: Headers) -> str:

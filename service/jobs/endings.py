@@ -1,6 +1,6 @@
-"""How a run ends, and where that leaves its job. Each ending happens once, whoever comes first: driver or orchestrator.
+"""How a run ends, and where that leaves its job. Each ending happens once, by the driver or by the orchestrator.
 
-All functions belong in the caller's write transaction, after it proved that it may write (a run's or the lease's epoch).
+All functions belong in the caller's write transaction, after it proved by an epoch that it may write.
 """
 
 from __future__ import annotations

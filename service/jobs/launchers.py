@@ -6,19 +6,21 @@ the old one started.
 
 from __future__ import annotations
 
-import logging
+import shutil
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from service.jobs.recorder import RunRecorder
 from service.jobs.run_driver import Fit, RunDriver
 from service.settings import Settings
 from service.store.database import Database
 from service.store.tables import Job, Run
+from training.progress import ProgressItem, Wish
+from training.spec import TrainSpec
 from training.storage import Storage
-
-log = logging.getLogger(__name__)
 
 PLACING_S = 20.0  # Ray Train takes its resources up to this long after its driver started
 
@@ -121,6 +123,31 @@ class RayLauncher:
             )
         except ValueError:  # Ray's way to say that there is no such actor
             return None
+
+
+class LoopFit:
+    """A `Fit`: the real training loop, on the calling thread, as the only worker."""
+
+    def __init__(self, storage: Storage, scratch_dir: Path) -> None:
+        self._storage, self._scratch_dir = storage, scratch_dir
+
+    def __call__(self, spec: TrainSpec, run_key: str, recorder: RunRecorder) -> None:
+        """Train to the run's end."""
+        from training import loop
+
+        scratch_dir = self._scratch_dir / recorder.run_id
+        try:
+            loop.run(spec, self._storage, run_key, _DirectChannel(recorder), scratch_dir)
+        finally:
+            shutil.rmtree(scratch_dir, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _DirectChannel:
+    recorder: RunRecorder
+
+    def send(self, items: list[ProgressItem]) -> Wish:
+        return self.recorder.report(items)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class OrchestratorActor:
         from service.jobs.launchers import RayLauncher
         from service.jobs.task_runners import RayTaskRunner
         from service.logs import configure_logging
-        from service.serving.fleet import Fleet
+        from service.serving.fleet import RayFleet
 
         configure_logging(settings.log_level)
         self._settings, self._instance_id = settings, instance_id
@@ -38,7 +38,7 @@ class OrchestratorActor:
         self._db = Database(settings.resolved_database_url)
         self._launcher = RayLauncher(settings, instance_id)
         self._runner = RayTaskRunner(settings, run_actor.pin_resources(settings))
-        self._fleet = Fleet(settings, instance_id, self._db)
+        self._fleet = RayFleet(settings, instance_id, self._db)
         self._orchestrator = self._build()
         threading.Thread(target=self._work, name="ticks", daemon=True).start()
 
@@ -82,6 +82,9 @@ def ensure_orchestrator(settings: Settings, instance_id: str) -> ActorHandle:
     """The orchestrator, created if it is absent. Several callers at once get the same one."""
     import ray
 
+    found = find_orchestrator(instance_id)
+    if found is not None:
+        return found
     options = {
         "name": actor_name(instance_id),
         "namespace": run_actor.namespace(instance_id),
@@ -93,7 +96,8 @@ def ensure_orchestrator(settings: Settings, instance_id: str) -> ActorHandle:
         "max_concurrency": 16,
         "resources": run_actor.pin_resources(settings),
     }
-    return ray.remote(OrchestratorActor).options(**options).remote(settings, instance_id)
+    actor: ActorHandle = ray.remote(OrchestratorActor).options(**options).remote(settings, instance_id)  # type: ignore[assignment]
+    return actor
 
 
 def find_orchestrator(instance_id: str) -> ActorHandle | None:

@@ -48,7 +48,7 @@ def _files(tx: Session, job: Job) -> list[tuple[str, File | None]]:
 def _faults(file: File) -> str:
     """The first faulty lines, or the file's own words when it has no lines to blame."""
     report = file.report or {}
-    faults = report.get("faults") or []
+    faults = report.get("errors") or []
     if not faults:
         return f"{file.id}: {file.status_details or 'it could not be read'}"
     named = "; ".join(f"line {fault['line']}: {fault['message']}" for fault in faults[:NUM_NAMED_LINES])

@@ -94,7 +94,8 @@ def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, resu
 
 def add_model(tx: Session, job: Job, model_id: str, key: str, manifest: Manifest, *, checkpoint: bool = False) -> Model:
     """Register a servable folder of the job."""
-    assert job.plan is not None and manifest.spec is not None, "only runs of planned jobs leave folders"
+    assert job.plan is not None, "a job without a plan was run"
+    assert manifest.spec is not None, f"{key} is not the folder of a run"
     return models.create(
         tx,
         project_id=job.project_id,

@@ -6,6 +6,7 @@ The train workers of its run end with it: killing this actor is how a run is kil
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from typing import Any
 
@@ -72,18 +73,23 @@ class RunDriverActor:
         from training import ray_run
 
         settings = self._settings
-        ray_run.fit(
-            spec,
-            settings.resolved_storage_url,
-            run_key,
-            self._this,
-            num_cpus_per_worker=settings.train_num_cpus,
-            num_gpus_per_worker=settings.train_num_gpus,
-            num_threads=settings.train_num_threads,
-            pin_resources=pin_resources(settings),
-            run_name=recorder.run_id,
-            local_dir=str(settings.home_dir / "ray-train"),
-        )
+        local_dir = settings.home_dir / "ray-train"
+        try:
+            ray_run.fit(
+                spec,
+                settings.resolved_storage_url,
+                run_key,
+                self._this,
+                num_cpus_per_worker=settings.train_num_cpus,
+                num_gpus_per_worker=settings.train_num_gpus,
+                num_threads=settings.train_num_threads,
+                pin_resources=pin_resources(settings),
+                run_name=recorder.run_id,
+                local_dir=str(local_dir),
+            )
+        finally:
+            for leftover in (local_dir / recorder.run_id, local_dir / "scratch" / recorder.run_id):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _hub_client(instance_id: str) -> HubClient:

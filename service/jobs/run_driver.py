@@ -1,7 +1,7 @@
 """One attempt at a job, from its first heartbeat to its ending, whoever does the training.
 
-`RunDriver` is plain Python around a `Fit`; `run_actor.py` puts it into a Ray actor, `launchers.InProcessLauncher` into a
-thread.
+`RunDriver` is plain Python around a `Fit`; `run_actor.py` puts it into a Ray actor, `launchers.InProcessLauncher` into
+a thread.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from service.store import bases, events, files, jobs, tasks
 from service.store.database import Database
 from service.store.jobs import StateConflict
 from service.store.tables import Task
+from training.spec import TrainSpec
 from training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -59,16 +60,21 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     if job.state != JobState.VALIDATING_FILES:
         return  # planned before, or cancelled; a paused job is planned when it is resumed
     try:
-        resolved, numbers = _resolve(plan, job, bench.storage)
+        made = plan(TrainSpec.model_validate(job.spec), bench.storage)
     except PlanError as error:
         with _moving(bench.db) as tx:
             fail_job(tx, job, code=error.code, message=error.message, param=error.param)
         return
-    numbers["model_id"] = new_model_id(job.base_id, bench.settings.organization, job.suffix)
-    numbers["capabilities"] = [] if base is None else list(base.capabilities)
+    numbers = {
+        **made.model_dump(mode="json", exclude={"spec"}),
+        "model_id": new_model_id(job.base_id, bench.settings.organization, job.suffix),
+        "capabilities": [] if base is None else list(base.capabilities),
+    }
     with _moving(bench.db) as tx:
-        expect = {JobState.VALIDATING_FILES}
+        expect, resolved = {JobState.VALIDATING_FILES}, made.spec.model_dump(mode="json")
         moved = jobs.move(tx, job.id, JobState.QUEUED, expect=expect, spec=resolved, plan=numbers)
+        for number, warning in enumerate(made.warnings):
+            events.add(tx, moved, warning, level="warn", dedup_key=f"{job.id}:plan-{number}")
         events.add(tx, moved, "Files validated, moving job to queued state", dedup_key=f"{job.id}:queued")
 
 
@@ -80,15 +86,23 @@ def import_base(bench: Workbench, payload: dict[str, Any]) -> None:
         base = bases.find(tx, payload["base_id"])
     if base is None or base.status != "preparing":
         return
+
+    def show(text: str) -> None:
+        with bench.db.write() as tx:
+            if bases.find(tx, base.id) is not None:
+                bases.set_status(tx, base.id, "preparing", text)
+
     try:
-        found = importer.import_base(bench.storage, base.id, base.source, base.revision)
+        found = importer.import_base(
+            bench.storage, id=base.id, source=base.source, revision=base.revision, progress=show
+        )
     except importer.BaseError as error:
         with bench.db.write() as tx:
-            bases.set_status(tx, base.id, "error", str(error))
+            _base_failed(tx, payload, str(error))
         return
     with bench.db.write() as tx:
         if bases.find(tx, base.id) is not None:
-            bases.set_ready(tx, base.id, **found)
+            bases.set_ready(tx, base.id, **found.model_dump(mode="json"))
 
 
 def delete_folder(bench: Workbench, payload: dict[str, Any]) -> None:

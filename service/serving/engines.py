@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from service.engine.protocol import Delta
 from service.errors import Unavailable
@@ -79,7 +79,7 @@ class RayEngines:
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import DeploymentUnavailableError
 
-        replies: DeploymentResponseGenerator[Reply] = self._handle(target.deployable).remote(request)
+        replies = cast("DeploymentResponseGenerator[Reply]", self._handle(target.deployable).remote(request))
         is_open = True
         try:
             await _wait_for_replica(replies)

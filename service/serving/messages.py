@@ -99,7 +99,7 @@ class ServeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A replica has the request. What follows may take as long as the queue is; before it, only a replica is awaited."""
+    """A replica has the request. What follows may take as long as its queue is; until then a replica is awaited."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,15 @@ from typing import Any, Protocol, cast
 
 from service.engine.admission import EngineFailed
 from service.engine.echo import EchoEngine
-from service.engine.protocol import AdapterMismatch, Delta, Engine, EngineStats, GenerateRequest, QueueFull, SamplingParams
+from service.engine.protocol import (
+    AdapterMismatch,
+    Delta,
+    Engine,
+    EngineStats,
+    GenerateRequest,
+    QueueFull,
+    SamplingParams,
+)
 from service.errors import InvalidRequest, RateLimited, ServiceError, Unavailable
 from service.metrics import Metrics
 from service.serving.adapters import AdapterShelf, Prepared, check_template
@@ -55,7 +63,7 @@ class HealthyEngine(Engine, Protocol):
 
 
 class ReplicaCore:
-    """Renders, checks and generates. Every error of a request is a `Refused` item; nothing is raised but cancellation."""
+    """Renders, checks and generates. Every error of a request is a `Refused` item; only cancellation is raised."""
 
     def __init__(
         self, settings: Settings, storage: Storage, deployable: Deployable, metrics: Metrics | None = None
@@ -100,7 +108,7 @@ class ReplicaCore:
             raise EngineFailed("the engine has stopped")
 
     async def generate(self, request: ServeRequest) -> Replies:
-        """Answer one request: `Accepted` with the first deltas, more deltas, or `Refused` at any point as the last item."""
+        """Answer one request: `Accepted` with the first deltas, more deltas; `Refused` may end it at any point."""
         try:
             adapter = await self._resident(request.target) if request.target.adapter is not None else None
             renderer = adapter.renderer if adapter is not None else self._renderer
@@ -156,7 +164,7 @@ class ReplicaCore:
 
 
 class EngineReplica:
-    """The Serve deployment around a core: builds it in the replica's process, and says at once that it has a request."""
+    """The Serve deployment around a core: builds it in the replica's process, and tells at once of each arrival."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits an async constructor: the engine needs the loop
         self, settings: dict[str, Any], instance_id: str, deployable: Deployable
@@ -208,6 +216,7 @@ def build_engine(settings: Settings, storage: Storage, deployable: Deployable, r
     if settings.engine == "echo":
         return EchoEngine(
             renderer.tokenizer,
+            token_interval_s=settings.echo_token_interval_ms / 1000,
             stop_token_ids=renderer.stop_token_ids,
             max_batch_size=settings.max_batch_size,
             max_waiting=settings.max_waiting,
@@ -248,7 +257,9 @@ def _max_tokens(request: ServeRequest, num_prompt: int, max_context: int) -> int
     if num_prompt == 0:
         raise InvalidRequest("The prompt must not be empty: this model puts no token of its own in front.", param=param)
     if num_prompt >= max_context:
-        message = f"{limit} However, your {param} resulted in {num_prompt} tokens. Please reduce the length of the {param}."
+        message = (
+            f"{limit} However, your {param} resulted in {num_prompt} tokens. Please reduce the length of the {param}."
+        )
         raise InvalidRequest(message, param=param, code="context_length_exceeded")
     left = max_context - num_prompt
     if request.max_tokens is None:

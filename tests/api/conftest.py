@@ -1,4 +1,4 @@
-"""The real application on a free loopback port, in this process and without Ray: real SQLite, real files, echo engine."""
+"""The real application on a free loopback port, in this process, without Ray: real SQLite, real files, echo engine."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory, admin_key: str) -> Iterat
         add_base_row(db, base_id)
     storage = Storage(settings.resolved_storage_url)
     metrics = Metrics()
-    yield Platform(settings, instance_id, db, storage, Catalog(db), InProcessEngines(settings, storage, metrics), metrics)
+    yield Platform(
+        settings, instance_id, db, storage, Catalog(db), InProcessEngines(settings, storage, metrics), metrics
+    )
     db.close()
 
 
@@ -122,9 +124,15 @@ def http(service_url: str, admin_key: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def new_client(service_url: str, http: httpx.Client) -> Iterator[NewClient]:
+def anonymous(service_url: str) -> Iterator[httpx.Client]:
+    """Plain HTTP without a key; also the connection pool of the clients below, which are many and short-lived."""
+    with httpx.Client(base_url=service_url) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def new_client(service_url: str, http: httpx.Client, anonymous: httpx.Client) -> NewClient:
     """Makes an openai client with a fresh key: of a fresh project unless one is named, with the given scopes."""
-    made: list[OpenAI] = []
 
     def make(*scopes: str, project_id: str | None = None) -> OpenAI:
         number = next(_numbers)
@@ -132,13 +140,15 @@ def new_client(service_url: str, http: httpx.Client) -> Iterator[NewClient]:
         if scopes:
             body["scopes"] = scopes
         answer = http.post("/v1/keys", json=body).raise_for_status().json()
-        made.append(OpenAI(base_url=f"{service_url}/v1", api_key=answer["value"], max_retries=0))
-        made[-1].project = answer["project_id"]  # sent as a header only; tests read it back
-        return made[-1]
+        return OpenAI(
+            base_url=f"{service_url}/v1",
+            api_key=answer["value"],
+            project=answer["project_id"],  # the client sends it as a header; tests read it back
+            max_retries=0,
+            http_client=anonymous,
+        )
 
-    yield make
-    for each in made:
-        each.close()
+    return make
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import httpx
 import psutil
 import pytest
 from openai import OpenAI
+from ray.cluster_utils import Cluster
 
 from tests.cluster.conftest import add_base, await_job, await_value, free_port
 from tests.cluster.curves import create_job, last_step, losses
@@ -36,6 +38,7 @@ class Up:
     def __init__(self, home: Path, **environment: str) -> None:
         self.port = free_port()
         variables = {"TUNESMITH_HOME": str(home), "TUNESMITH_PORT": str(self.port)}
+        self.home = home
         self.log = (home.parent / "up.log").open("a+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.cli", "up"],
@@ -43,14 +46,21 @@ class Up:
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
-        await_value(self.is_ready, f"`tunesmith up` ready, log {self.log.name}")
+        self.url: str = await_value(self._url, f"`tunesmith up` ready, log {self.log.name}")
         key = (home / "admin.key").read_text().strip()
-        self.client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
+        self.client = OpenAI(base_url=self.url, api_key=key, max_retries=0)
+
+    def _url(self) -> str | None:
+        """Where it answers, once it says so."""
+        assert self.process.poll() is None, Path(self.log.name).read_text()
+        state = self.home / "up.json"
+        said = json.loads(state.read_text()) if state.exists() else {}
+        return said["url"] if said.get("pid") == self.process.pid else None
 
     def is_ready(self) -> bool:
-        assert self.process.poll() is None, Path(self.log.name).read_text()
+        """Whether the edge and a gateway behind it answer."""
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5).status_code == 200
+            return httpx.get(self.url.removesuffix("/v1") + "/readyz", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -127,3 +137,53 @@ def test_haproxy_and_its_orphan(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         await_value(lambda: not up.is_ready() or None, "the edge to be gone", 10)
         await_value(up.is_ready, "the edge to be back", 60)
+
+
+OTHER_APP = """
+import ray, sys
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Other:
+    def __call__(self) -> str:
+        return "other"
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+serve.run(Other.bind(), name="other", route_prefix="/")
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A cluster that somebody else started."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_on_a_joined_cluster_it_touches_only_its_own(tmp_path: Path, cluster: Cluster) -> None:
+    port = free_port()
+    subprocess.run([sys.executable, "-c", OTHER_APP, cluster.address, str(port)], check=True, timeout=120)
+    other = f"http://127.0.0.1:{port}/"
+    with running(tmp_path / "home", RAY_ADDRESS=cluster.address) as up:
+        assert up.url.startswith(f"{other}tunesmith-"), "the route of the other app must stay free"
+        add_base(up.client, "stories", str(MODELS / "stories260K"))
+        assert up.client.completions.create(model="stories", prompt="Once", max_tokens=4).choices[0].text
+        assert httpx.get(other).text == "other"
+    assert httpx.get(other).text == "other"
+    assert not up.is_ready()
+
+
+def test_a_second_node_is_refused_while_state_lies_on_one_disk(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1)
+    refused = subprocess.run(
+        [sys.executable, "-m", "service.cli", "up"],
+        env=os.environ | {"TUNESMITH_HOME": str(tmp_path / "home"), "RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = refused.stdout + refused.stderr
+    assert refused.returncode == 1
+    assert "TUNESMITH_DATABASE_URL" in said and "Traceback" not in said

@@ -30,6 +30,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # far enough from zero for an adapter to have something to work on
     "tie_word_embeddings": True,
 }
 GPT_NEO: dict[str, Any] = {
@@ -40,6 +41,7 @@ GPT_NEO: dict[str, Any] = {
     "max_position_embeddings": 128,
     "attention_types": [[["global", "local"], 1]],
     "window_size": 16,
+    "initializer_range": 0.2,
 }
 
 

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
+from training.examples import ExamplesError, load_examples
+from training.failure import Failure
 from training.model import kept_logits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from training.batches import Examples, MicroBatch
@@ -17,11 +21,12 @@ if TYPE_CHECKING:
     from training.storage import Storage
 
 
-def load(spec: TrainSpec, storage: Storage) -> tuple[Examples, Examples | None]:
-    """Training and validation examples."""
-    from training.plan import load_examples
-
-    return load_examples(spec, storage)
+def load(spec: TrainSpec, storage: Storage, cache_dir: Path) -> tuple[Examples, Examples | None]:
+    """Training and validation examples. Failure on rows that cannot be trained on (planning refuses them before)."""
+    try:
+        return load_examples(spec, storage, cache_dir)
+    except ExamplesError as error:
+        raise Failure(f"invalid_{error.param}", f"The {error.param} cannot be used: {error}", error.param) from error
 
 
 def loss_sums(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

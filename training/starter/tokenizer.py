@@ -42,15 +42,27 @@ def _texts(document: Document) -> Iterable[str]:
     return [document] if isinstance(document, str) else [message["content"] for message in document]
 
 
-def encode(tokenizer: Tokenizer, document: Document) -> list[int]:
-    """The token ids of a document: a text ends with PAD, a chat is what the chat template makes of it."""
-    text = document + PAD if isinstance(document, str) else chat_text(document)
-    return tokenizer.encode(text).ids
+def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[bool]]:
+    """Token ids and, for each, whether it is speech: a text's words, or what the assistant says up to its end token."""
+    if isinstance(document, str):
+        ids = tokenizer.encode(document + PAD).ids
+        return ids, [True] * len(ids)
+    ids, speech = [], []
+    for message in document:
+        for text, said in _turn(message):
+            piece = tokenizer.encode(text).ids
+            ids += piece
+            speech += [said and message["role"] == "assistant"] * len(piece)
+    return ids, speech
+
+
+def _turn(message: dict[str, str]) -> tuple[tuple[str, bool], ...]:
+    return (f"{START}{message['role']}\n", False), (message["content"] + END, True), ("\n", False)
 
 
 def chat_text(chat: Chat) -> str:
     """The chat template's result for plain turns, without the cost of the template engine (a test compares them)."""
-    return "".join(f"{START}{message['role']}\n{message['content']}{END}\n" for message in chat)
+    return "".join(text for message in chat for text, _ in _turn(message))
 
 
 def chat_template() -> str:

@@ -1,0 +1,138 @@
+"""What only the native engine promises: adapters' arithmetic and residency, seeds, penalties, failure."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.engine.native.engine import NativeEngine
+from service.engine.native.sampler import BatchSampler, SamplerState
+from service.engine.protocol import AdapterMismatch, AdapterRef, SamplingParams
+from tests.engine.lora import merged, save_adapter
+from tests.engine.models import byte_tokenizer, load_model
+from tests.engine.running import EngineFailed, ask, collect, running
+from tests.engine.test_greedy import Ids, assert_greedy
+
+TOKENIZER = byte_tokenizer()
+PROMPT = tuple(range(30, 60))
+
+
+def native(folder: Path, **options: object) -> NativeEngine:
+    return NativeEngine(folder, **{"tokenizer": TOKENIZER, "dtype": "fp32", **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt-neo-window"])
+async def test_adapters_mixed_in_a_batch_answer_like_merged_weights(
+    kind: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = model_folders[kind]
+    for name, options in {
+        "plain": {"rank": 4},
+        "wide": {"rank": 9, "use_rslora": True, "lora_alpha": 3},
+        "pattern": {"rank": 3, "rank_pattern": {"k_proj": 5}, "alpha_pattern": {"q_proj": 2, "c_attn": 3}},
+    }.items():
+        save_adapter(load_model(folder), tmp_path / name, seed=len(name), **options)  # type: ignore[arg-type]
+    names = ["plain", None, "wide", "pattern", "plain", None, "pattern", "wide", "wide"]
+    async with running(native(folder, tokenizer=Ids(), max_batch_size=6)) as engine:
+
+        async def one(number: int, name: str | None) -> tuple[tuple[int, ...], list[int]]:
+            prompt = PROMPT[number:]
+            adapter = AdapterRef(name, tmp_path / name) if name else None
+            (answer,) = await collect(engine, ask(prompt, 10 + number, adapter=adapter))
+            return prompt, [int(word) for word in answer.text.split()]
+
+        answers = await asyncio.gather(*(one(number, name) for number, name in enumerate(names)))
+    models = {name: merged(load_model(folder), tmp_path / name) if name else load_model(folder) for name in set(names)}
+    for name, (prompt, got) in zip(names, answers, strict=True):
+        assert_greedy(models[name], prompt, got)
+
+
+async def test_an_adapter_in_use_is_never_evicted(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = model_folders["llama"]
+    refs = [AdapterRef(str(i), save_adapter(load_model(folder), tmp_path / str(i), seed=i)) for i in range(2)]
+    async with running(native(folder, max_resident_adapters=1)) as engine:
+        stream = engine.generate(ask(PROMPT, 90, adapter=refs[0]))
+        await anext(stream)
+        other = asyncio.create_task(collect(engine, ask(PROMPT, 3, adapter=refs[1])))
+        base = await collect(engine, ask(PROMPT, 3))  # the base model does not wait for adapters
+        assert base
+        assert engine.stats().resident_adapters == ("0",)
+        assert not other.done()
+        async for _ in stream:
+            pass
+        assert len(await other) == 1
+        assert engine.stats().resident_adapters == ("1",)
+
+
+async def test_an_adapter_of_another_base_is_refused_by_name(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    async with running(native(model_folders["llama"])) as engine:
+        other = save_adapter(load_model(model_folders["gpt2"]), tmp_path / "gpt2", seed=0)
+        with pytest.raises(AdapterMismatch, match="no linear layer of this base model"):
+            await engine.load_adapter(AdapterRef("gpt2", other))
+        dora = save_adapter(load_model(model_folders["llama"]), tmp_path / "dora", seed=0)
+        config = json.loads((dora / "adapter_config.json").read_text())
+        (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+        with pytest.raises(AdapterMismatch, match="use_dora"):
+            await engine.load_adapter(AdapterRef("dora", dora))
+
+
+async def test_a_seed_fixes_the_answer_and_each_choice_differs(model_folders: dict[str, Path]) -> None:
+    async with running(native(model_folders["llama"])) as engine:
+        request = ask(PROMPT, 20, n=3, temperature=1.0, top_p=0.9, seed=5)
+        noise = [collect(engine, ask(PROMPT[i:], 15, temperature=1.0)) for i in range(4)]
+        first, *_ = await asyncio.gather(collect(engine, request), *noise)
+        assert first == await collect(engine, request)
+        assert len({answer.text for answer in first}) == 3
+        unseeded = [await collect(engine, ask(PROMPT, 20, temperature=1.0)) for _ in range(2)]
+        assert unseeded[0] != unseeded[1]
+
+
+def test_draws_depend_on_seed_and_index_only() -> None:
+    params = SamplingParams(8, temperature=1.0, seed=3)
+    draws = [[SamplerState(params, index).draw() for _ in range(2)] for index in (0, 0, 1)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_samples_follow_the_distribution(top_p: float) -> None:
+    weights = torch.tensor([0.1, 0.5, 0.0, 0.15, 0.25])
+    states = [SamplerState(SamplingParams(1, temperature=1.0, top_p=top_p, seed=i), 0) for i in range(4000)]
+    tokens = BatchSampler(states, torch.device("cpu"))(weights.log().repeat(4000, 1))
+    kept = weights if top_p == 1 else torch.tensor([0.0, 0.5, 0.0, 0.0, 0.25])
+    torch.testing.assert_close(tokens.bincount(minlength=5) / 4000, kept / kept.sum(), atol=0.03, rtol=0)
+
+
+def test_penalties_follow_the_formula_over_generated_tokens() -> None:
+    state = SamplerState(SamplingParams(9, temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5), 0)
+    sampler = BatchSampler([state], torch.device("cpu"))
+    logits = torch.tensor([[5.0, 3.4, 3.0]])
+    # 5 -> 3.5 -> 3.0 for token 0; token 1 (3.4) wins next and falls to 1.9; then 0 and 2 tie at 3.0, the first wins
+    assert [int(sampler(logits.clone())[0]) for _ in range(4)] == [0, 0, 1, 0]
+
+
+async def test_a_crash_reaches_every_stream_and_is_seen_as_unhealthy(model_folders: dict[str, Path]) -> None:
+    engine = native(model_folders["llama"])
+    await engine.start()
+    streams = [engine.generate(ask(PROMPT, 90)) for _ in range(3)]
+    for stream in streams:
+        await anext(stream)
+    engine._commands.put(None)  # type: ignore[arg-type]
+    engine._stepper.runner._tokens = None  # type: ignore[union-attr,assignment]
+    for stream in streams:
+        with pytest.raises(EngineFailed):
+            async for _ in stream:
+                pass
+    assert not engine.healthy
+    with pytest.raises(EngineFailed):
+        await collect(engine, ask(PROMPT, 1))
+    await engine.stop()
+
+
+async def test_a_folder_without_a_model_fails_at_start(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"config\.json"):
+        await native(tmp_path).start()

@@ -1,0 +1,104 @@
+"""The same life with the real planner and the real training loop, on a real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service.jobs.launchers import LoopFit
+from service.jobs.states import JobState
+from service.store import bases, jobs, models, tasks
+from service.store.tables import BaseModel
+from tests.jobs.world import GOOD_LINES, PROJECT, World
+from tests.shared import MODELS, needs_shared
+from training.artifact import verify
+from training.spec import BaseRef, Hyperparameters, TrainSpec
+
+pytestmark = needs_shared
+
+Build = Callable[..., World]
+
+
+@pytest.fixture
+def world(build: Build, tmp_path: Path) -> World:
+    """A platform that really trains."""
+    return build(make_fit=lambda storage: LoopFit(storage, tmp_path / "scratch"))
+
+
+def add_base(world: World, source: str) -> BaseModel:
+    """Import a base as the API and the worker task do, however that ends."""
+    with world.db.write() as tx:
+        bases.add(tx, project_id=PROJECT, created_by=None, id="tiny", source=source, revision=None)
+        tasks.add(tx, "import_base", {"base_id": "tiny"})
+
+    def find() -> BaseModel:
+        with world.db.read() as tx:
+            return bases.get(tx, "tiny")
+
+    world.tick_until(lambda: find().status != "preparing")
+    return find()
+
+
+def spec_on(base: BaseModel) -> TrainSpec:
+    """A short run on the base, nearly all of it on auto."""
+    assert base.storage_key is not None
+    assert base.content_hash is not None
+    return TrainSpec(
+        base=BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash),
+        training_key="-",
+        hyperparameters=Hyperparameters(n_epochs=2, batch_size=4),
+        validation_split=0.2,
+        checkpoint_interval=2,
+    )
+
+
+def losses(csv: str) -> list[list[str]]:
+    """Step, training loss and accuracy of each line; a run that stops at a step may skip that step's validation."""
+    return [line.split(",")[:3] for line in csv.splitlines()]
+
+
+def test_a_job_is_planned_trained_and_published(world: World) -> None:
+    base = add_base(world, str(MODELS / "stories260K"))
+    assert base.status == "ready", base.status_details
+    job = world.tick_to(world.create(world.upload(GOOD_LINES), spec_on(base)), JobState.SUCCEEDED)
+    assert TrainSpec.model_validate(job.spec).unresolved() == []
+    with world.db.read() as tx:
+        model = models.get(tx, PROJECT, job.fine_tuned_model or "")
+    assert model.capabilities == base.capabilities
+    verify(world.storage, model.storage_key, model.manifest_hash)
+    texts = world.messages(job)
+    assert "Files validated, moving job to queued state" in texts
+    assert any(text.startswith("Step 1/") for text in texts)
+
+
+def test_a_paused_and_resumed_job_gives_the_result_of_an_uninterrupted_one(world: World) -> None:
+    base = add_base(world, str(MODELS / "stories260K"))
+    file = world.upload(GOOD_LINES)
+    whole = world.tick_to(world.create(file, spec_on(base)), JobState.SUCCEEDED)
+    job = world.create(file, spec_on(base))
+    world.tick_to(job, JobState.QUEUED)
+    world.tick_until(lambda: world.job(job).state != JobState.QUEUED)
+    if world.job(job).state == JobState.RUNNING:
+        world.wish(jobs.request_pause, job)
+        world.tick_until(lambda: world.job(job).state in (JobState.PAUSED, JobState.SUCCEEDED))
+    if world.job(job).state == JobState.PAUSED:
+        world.wish(jobs.request_resume, job)
+    world.tick_to(job, JobState.SUCCEEDED)
+    assert losses(world.result_csv(job)) == losses(world.result_csv(whole))
+    assert world.job(job).trained_tokens == whole.trained_tokens
+
+
+def test_a_job_that_cannot_work_fails_before_it_is_queued(world: World) -> None:
+    base = add_base(world, str(MODELS / "stories260K"))
+    job = world.tick_to(world.create(world.upload(GOOD_LINES[:3]), spec_on(base)), JobState.FAILED)
+    assert job.error is not None
+    assert job.error["message"]
+    assert job.started_at is None
+
+
+def test_a_base_that_cannot_be_used_says_why(world: World, tmp_path: Path) -> None:
+    base = add_base(world, str(tmp_path / "nothing-here"))
+    assert base.status == "error"
+    assert "nothing-here" in (base.status_details or "")

@@ -1,0 +1,240 @@
+"""Planning: every auto becomes a number, every token is counted, and what cannot work is refused with its lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import auto
+from training.bases import import_base
+from training.plan import PlanError, load_examples, plan
+from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.storage import Storage
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="real models and data are not here")
+
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return Storage(str(tmp_path_factory.mktemp("storage")))
+
+
+@pytest.fixture(scope="module")
+def bases(storage: Storage) -> dict[str, BaseRef]:
+    found = {}
+    for name in ("stories260K", "cardputer-chat"):
+        source = str(SHARED / "models" / name)
+        base = import_base(storage, id=name, source=source, revision=None, progress=lambda line: None)
+        found[name] = BaseRef(id=name, key=base.storage_key, content_hash=base.content_hash)
+    return found
+
+
+class Maker:
+    """Writes training files and makes specs on them."""
+
+    def __init__(self, storage: Storage, bases: dict[str, BaseRef]) -> None:
+        self.storage, self.bases, self.count = storage, bases, 0
+
+    def file(self, rows: list[Any] | bytes) -> str:
+        self.count += 1
+        data = rows if isinstance(rows, bytes) else b"\n".join(json.dumps(row).encode() for row in rows)
+        self.storage.write_bytes(f"files/{self.count}", data)
+        return f"files/{self.count}"
+
+    def spec(self, rows: list[Any] | bytes, base: str = "stories260K", **fields: Any) -> TrainSpec:
+        hyper = Hyperparameters(**fields.pop("hyper", {}))
+        return TrainSpec(base=self.bases[base], training_key=self.file(rows), hyperparameters=hyper, **fields)
+
+
+@pytest.fixture
+def make(storage: Storage, bases: dict[str, BaseRef]) -> Maker:
+    return Maker(storage, bases)
+
+
+def texts(count: int) -> list[Any]:
+    return [{"text": f"Once upon a time there was a cat named {'Tom' * (1 + i % 3)}."} for i in range(count)]
+
+
+def chats(count: int) -> list[Any]:
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
+    return [{"messages": turns} for _ in range(count)]
+
+
+def test_auto_becomes_numbers_and_a_resolved_spec_plans_to_itself(make: Maker) -> None:
+    spec = make.spec(texts(40))
+    first = plan(spec, make.storage)
+    assert first.spec.unresolved() == []
+    hyper = first.spec.hyperparameters
+    assert (hyper.n_epochs, hyper.batch_size, hyper.max_length, hyper.learning_rate_multiplier) == (3, 4, 512, 1.0)
+    assert first.total_steps == 30
+    assert (first.spec.eval_interval, first.spec.checkpoint_interval, first.spec.precision) == (2, 6, "fp32")
+    assert first.spec.adapter == LoraSpec(rank=16, alpha=32.0)
+    assert plan(first.spec, make.storage) == first
+
+
+def test_tokens_are_counted_as_the_loop_will_see_them(make: Maker) -> None:
+    spec = make.spec(texts(12), validation_key=make.file(texts(3)))
+    planned = plan(spec, make.storage)
+    train, valid = load_examples(planned.spec, make.storage)
+    assert valid is not None
+    assert (planned.num_examples, planned.num_validation_examples) == (len(train), len(valid)) == (12, 3)
+    assert planned.num_tokens == sum(len(row["input_ids"]) for row in train)
+    assert planned.num_trained_tokens == sum(sum(row["trained"]) for row in train) == planned.num_tokens - 12
+    assert planned.max_example_tokens == max(len(row["input_ids"]) for row in train)
+    assert planned.peak_memory_bytes > 260_032 * 4
+
+
+def test_the_split_depends_on_the_seed_alone_and_loses_nothing(make: Maker) -> None:
+    spec = make.spec([{"text": f"story {i}"} for i in range(20)], validation_split=0.2, seed=7)
+    once, again = load_examples(spec, make.storage), load_examples(spec, make.storage)
+    assert [part["input_ids"][:] for part in once if part] == [part["input_ids"][:] for part in again if part]
+    train, valid = once
+    assert valid is not None
+    assert (len(train), len(valid)) == (16, 4)
+    assert len({tuple(ids) for part in once if part for ids in part["input_ids"]}) == 20
+    other = load_examples(spec.model_copy(update={"seed": 8}), make.storage)[1]
+    assert other is not None
+    assert other["input_ids"][:] != valid["input_ids"][:]
+    planned = plan(spec, make.storage)
+    assert (planned.num_examples, planned.num_validation_examples) == (16, 4)
+
+
+def test_a_real_chat_model_plans_chat_rows(make: Maker) -> None:
+    planned = plan(make.spec(chats(10), "cardputer-chat"), make.storage)
+    assert planned.warnings == []
+    assert 0 < planned.num_trained_tokens < planned.num_tokens
+    assert planned.total_steps == 30  # 10 epochs of 3 steps: small data is seen 100 times in all
+
+
+def refused(make: Maker, spec: TrainSpec) -> PlanError:
+    with pytest.raises(PlanError) as caught:
+        plan(spec, make.storage)
+    return caught.value
+
+
+def test_real_rows_with_a_system_message_are_refused_with_lines_where_the_template_drops_it(make: Maker) -> None:
+    data = (SHARED / "data/openai-cookbook/toy_chat_fine_tuning.jsonl").read_bytes()
+    error = refused(make, make.spec(data, "cardputer-chat"))
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert "line 1: the chat template drops the content of system messages" in error.message
+    error = refused(make, make.spec(chats(10), "cardputer-chat", validation_key=make.file(data)))
+    assert (error.code, error.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_only_the_first_50_faults_are_told(make: Maker) -> None:
+    error = refused(make, make.spec(b'{"text": 1}\n' * 80))
+    assert "line 50:" in error.message
+    assert "line 51:" not in error.message
+
+
+def test_faults_and_good_lines_keep_their_numbers(make: Maker) -> None:
+    lines = [json.dumps(row).encode() for row in texts(600)]
+    lines[3], lines[400] = b"not json", b""
+    lines[500] = b'{"text": "' + b"long " * 3000 + b'"}'
+    error = refused(make, make.spec(b"\n".join(lines)))
+    assert "line 4: " in error.message
+    assert "line 501: " in error.message
+    assert "at most 512 are allowed" in error.message
+    assert re.findall(r"line (\d+):", error.message) == ["4", "501"]
+
+
+def test_too_long_examples_are_refused_not_cut(make: Maker) -> None:
+    error = refused(make, make.spec(texts(12), hyper={"max_length": 5}))
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert "at most 5 are allowed" in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"hyper": {"max_length": 513}}, "method.supervised.hyperparameters.max_length"),
+        ({"hyper": {"batch_size": 2}, "num_workers": 3}, "method.supervised.hyperparameters.batch_size"),
+        (
+            {"hyper": {"learning_rate": 1e-3, "learning_rate_multiplier": 2.0}},
+            "method.supervised.hyperparameters.learning_rate_multiplier",
+        ),
+        (
+            {"hyper": {"batch_size": 4, "gradient_accumulation_steps": 5}},
+            "method.supervised.hyperparameters.gradient_accumulation_steps",
+        ),
+        ({"adapter": LoraSpec(rank=65)}, "adapter.rank"),
+        ({"adapter": LoraSpec(targets=("q_proj", "c_attn"))}, "adapter.targets"),
+        ({"adapter": LoraSpec(targets=("proj",))}, "adapter.targets"),
+    ],
+)
+def test_impossible_settings_are_refused_by_field(make: Maker, fields: dict[str, Any], param: str) -> None:
+    error = refused(make, make.spec(texts(12), **fields))
+    assert (error.code, error.param) == ("invalid_value", param)
+
+
+def test_unknown_targets_are_told_the_known_ones(make: Maker) -> None:
+    error = refused(make, make.spec(texts(12), adapter=LoraSpec(targets=("c_attn",))))
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in error.message
+    assert plan(make.spec(texts(12), adapter=LoraSpec(targets=("q_proj", "0.mlp.up_proj"))), make.storage)
+
+
+def test_chat_rows_need_a_chat_template(make: Maker) -> None:
+    error = refused(make, make.spec(chats(12)))
+    assert error.param == "training_file"
+    assert "no chat template" in error.message
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_fewer_than_ten_examples_are_refused(make: Maker, count: int) -> None:
+    error = refused(make, make.spec(texts(count)))
+    assert f"has {count} examples" in error.message
+
+
+def test_the_multiplier_scales_the_automatic_rate_and_an_absolute_rate_wins(make: Maker) -> None:
+    rows = texts(12)
+    rate = plan(make.spec(rows), make.storage).spec.hyperparameters.learning_rate
+    halved = plan(make.spec(rows, hyper={"learning_rate_multiplier": 0.5}), make.storage).spec.hyperparameters
+    assert (rate, halved.learning_rate, halved.learning_rate_multiplier) == (2e-3, 1e-3, 0.5)
+    absolute = plan(make.spec(rows, hyper={"learning_rate": 3e-4}), make.storage).spec.hyperparameters
+    assert (absolute.learning_rate, absolute.learning_rate_multiplier) == (3e-4, 1.0)
+
+
+def test_a_template_without_an_end_of_turn_is_warned_of(make: Maker, tmp_path: Path) -> None:
+    for path in (SHARED / "models" / "stories260K").glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def warnings(template: str) -> list[str]:
+        (tmp_path / "chat_template.jinja").write_text(template)
+        base = import_base(make.storage, id="x", source=str(tmp_path), revision=None, progress=lambda line: None)
+        make.bases["x"] = BaseRef(id="x", key=base.storage_key, content_hash=base.content_hash)
+        return plan(make.spec(chats(12), "x"), make.storage).warnings
+
+    assert warnings(CHATML) == []
+    (warning,) = warnings(CHATML.replace("+ eos_token", "+ '\n'"))
+    assert "will not learn to stop" in warning
+    (warning,) = warnings(CHATML.replace("{{ '<s>assistant\n' }}", "{{ '<s>assistant\nThink' }}"))
+    assert "What serving sends" in warning
+
+
+def test_full_fine_tuning_takes_a_lower_rate_and_more_memory(make: Maker) -> None:
+    rows = texts(12)
+    lora, full = plan(make.spec(rows), make.storage), plan(make.spec(rows, adapter=None), make.storage)
+    assert full.spec.hyperparameters.learning_rate < lora.spec.hyperparameters.learning_rate
+    assert full.peak_memory_bytes > lora.peak_memory_bytes
+
+
+def test_the_rules_of_auto_at_their_edges() -> None:
+    assert [auto.n_epochs(n) for n in (1, 4, 10, 33, 34, 1000, 10_000, 100_000)] == [25, 25, 10, 4, 3, 3, 2, 1]
+    assert [auto.batch_size(n, 1) for n in (1, 2, 10, 1000, 5000, 100_000)] == [1, 1, 4, 4, 10, 32]
+    assert [auto.batch_size(10, workers) for workers in (2, 3, 8)] == [4, 6, 8]
+    assert auto.learning_rate(4096, lora=True) == pytest.approx(10 * auto.learning_rate(4096, lora=False))
+    assert [auto.learning_rate(1, lora=lora) for lora in (True, False)] == [2e-3, 1e-3]
+    assert auto.gradient_accumulation_steps(32, 1, 1000.0) == 8
+    assert auto.gradient_accumulation_steps(4, 2, 1e9) == 2
+    assert (auto.precision(10**6), auto.precision(10**9)) == ("fp32", "bf16")
+    assert (auto.eval_interval(1), auto.checkpoint_interval(1)) == (1, 1)

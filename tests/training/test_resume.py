@@ -1,0 +1,55 @@
+"""A run that was stopped and went on is the run that was never stopped, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.training.runs import Recorder, make_base, make_spec
+from training.loop import run
+from training.progress import CheckpointSaved, EvalMetrics, StepMetrics
+from training.spec import TrainSpec
+from training.storage import Storage
+
+
+def figures(channel: Recorder) -> list[dict[str, Any]]:
+    """What the steps and evaluations said, without clocks."""
+    items = [item for item in channel.items if isinstance(item, StepMetrics | EvalMetrics)]
+    return [item.model_dump(exclude={"seq", "at", "tokens_per_s"}) for item in items]
+
+
+def cut_after(storage: Storage, spec: TrainSpec, run_key: str, step: int) -> None:
+    """Leave the run as a kill right after a step's checkpoint would: nothing later exists."""
+    storage.delete(f"{run_key}/artifact")
+    for name in storage.list_names(f"{run_key}/checkpoints"):
+        if int(name.removeprefix("step-")) > step:
+            storage.delete(f"{run_key}/checkpoints/{name}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": True, "dropout": 0.3, "gradient_accumulation_steps": 2},
+        {"lora": False, "precision": "bf16", "weight_decay": 0.1, "lr_scheduler": "cosine"},
+        {"lora": False},
+    ],
+    ids=["lora-dropout-accumulation", "full-bf16", "full-fp32"],
+)
+def test_ten_steps_are_five_and_five_more(tmp_path: Path, changes: dict[str, Any]) -> None:
+    storage = Storage(str(tmp_path / "storage"))
+    spec = make_spec(storage, make_base(storage), n_epochs=5, batch_size=6, validation_key="files/train", **changes)
+    whole, resumed = Recorder(), Recorder()
+    run(spec, storage, "runs/one", whole, tmp_path)
+    assert [item.step for item in whole.of(StepMetrics)] == list(range(1, 11))
+    expected = load_file(storage.local_folder("runs/one/checkpoints/step-000010") / "optimizer.safetensors")
+    cut_after(storage, spec, "runs/one", 5)
+    run(spec, storage, "runs/one", resumed, tmp_path)
+    assert figures(resumed) == figures(whole)[-len(figures(resumed)) :]
+    assert [item.step for item in resumed.of(StepMetrics)] == list(range(6, 11))
+    found = load_file(storage.local_folder("runs/one/checkpoints/step-000010") / "optimizer.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in found.items())
+    assert resumed.of(CheckpointSaved)[-1].manifest_hash == whole.of(CheckpointSaved)[-1].manifest_hash

@@ -1,0 +1,92 @@
+"""The command line, alone and under torchrun with several workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.runs import make_base, make_spec
+from training.spec import TrainSpec
+from training.storage import Storage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path))
+
+
+def command(storage: Storage, spec: TrainSpec, run: str) -> list[str]:
+    file = Path(storage.path(f"{run}.json"))
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(spec.model_dump_json())
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.num_workers}"]
+    module = ["-m", "training", str(file), "--run-dir", storage.path(run), "--storage", storage.url]
+    return [sys.executable, *(launcher if spec.num_workers > 1 else []), *module]
+
+
+def train(storage: Storage, spec: TrainSpec, run: str) -> list[dict[str, Any]]:
+    """Run to the end; the steps of this attempt as reported."""
+    progress = Path(storage.path(run)) / "progress.jsonl"
+    before = len(progress.read_text().splitlines()) if progress.exists() else 0
+    subprocess.run(command(storage, spec, run), cwd=ROOT, check=True, capture_output=True, timeout=240)
+    items = [json.loads(line) for line in progress.read_text().splitlines()[before:]]
+    drop = ("seq", "at", "tokens_per_s")
+    return [{k: v for k, v in item.items() if k not in drop} for item in items if item["kind"] in ("step", "eval")]
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_several_workers_resume_to_the_bit_and_agree_with_one(storage: Storage, num_workers: int) -> None:
+    base = make_base(storage)
+    fields = {"n_epochs": 2, "batch_size": 5, "checkpoint_interval": 2, "keep_checkpoints": 9}
+    fields |= {"validation_key": "files/train", "gradient_accumulation_steps": 2}
+    alone = train(storage, make_spec(storage, base, **fields), "runs/alone")
+    spec = make_spec(storage, base, num_workers=num_workers, **fields)
+    whole = train(storage, spec, "runs/many")
+    for ours, theirs in zip(whole, alone, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    spec = make_spec(storage, base, num_workers=num_workers, dropout=0.2, **fields)
+    whole = train(storage, spec, "runs/dropout")
+    last = "runs/dropout/checkpoints/step-000006"
+    expected = storage.read_bytes(f"{last}/optimizer.safetensors")
+    for key in ("runs/dropout/artifact", last, "runs/dropout/checkpoints/step-000004"):
+        storage.delete(key)
+    resumed = train(storage, spec, "runs/dropout")
+    assert resumed == whole[-len(resumed) :]
+    assert [item["step"] for item in resumed if item["kind"] == "step"] == [3, 4, 5, 6]
+    assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
+
+
+def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:
+    spec = make_spec(storage, make_base(storage), n_epochs=20, batch_size=1, checkpoint_interval=10_000)
+    process = subprocess.Popen(
+        command(storage, spec, "runs/one"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1/240")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "checkpoint of step" in out
+    assert "stopped" in out
+    resumed = train(storage, spec, "runs/one")
+    assert 2 < resumed[0]["step"] < 240
+    assert resumed[-1]["step"] == 240
+
+
+def test_a_faulty_spec_is_one_clear_line_and_exit_code_one(storage: Storage) -> None:
+    spec = make_spec(storage, make_base(storage))
+    arguments = command(storage, spec, "runs/one")
+    Path(storage.path("runs/one.json")).write_text('{"learning_rate": 1}')
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("cannot start:")
+    assert "Traceback" not in done.stderr

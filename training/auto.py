@@ -1,0 +1,79 @@
+"""The rules behind "auto": one small function per hyperparameter, each with its source.
+
+Pure arithmetic on the numbers that planning has counted; knows no files.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+MAX_MICRO_BATCH_TOKENS = 4096
+_SMALL_MODEL = 50_000_000  # parameters
+
+
+def n_epochs(num_examples: int) -> int:
+    """Three passes; more over small data (until 100 examples are seen), fewer over large (no more than 25,000).
+
+    The rule of OpenAI's cookbook, "Data preparation and analysis for chat model fine-tuning" (TARGET_EPOCHS 3,
+    MIN/MAX_TARGET_EXAMPLES 100/25000, MIN/MAX_DEFAULT_EPOCHS 1/25)."""
+    if num_examples * 3 < 100:
+        return min(25, ceil(100 / num_examples))
+    return max(1, min(3, 25_000 // num_examples))
+
+
+def batch_size(num_examples: int, num_workers: int) -> int:
+    """About 0.2 % of the data, as OpenAI's API chose it, within 4 and 32; each worker gets at least one example.
+
+    Not less than 4, because single examples make noisy steps on small data; not more than 32, because LoRA falls
+    behind full fine-tuning as batches grow (Schulman et al. 2025, "LoRA Without Regret")."""
+    size = max(4, min(32, round(0.002 * num_examples)))
+    size = max(1, min(size, num_examples // 2))
+    return num_workers * ceil(size / num_workers)
+
+
+def learning_rate(hidden_size: int, *, lora: bool) -> float:
+    """5e-5 * (2000 / width) ** 0.78, and ten times that for LoRA; within 1e-4 to 2e-3 (LoRA), 1e-5 to 1e-3 (full).
+
+    LoRA's best rate is about ten times that of full fine-tuning, whatever the rank, when alpha is 32; the width's
+    exponent is the one fitted for Llama-type models (Schulman et al. 2025, "LoRA Without Regret", and the get_lr of
+    its authors' cookbook)."""
+    rate = 5e-5 * (2000 / hidden_size) ** 0.781
+    low, high = (1e-4, 2e-3) if lora else (1e-5, 1e-3)
+    rate = min(high, max(low, rate * 10 if lora else rate))
+    return float(f"{rate:.3g}")
+
+
+def lora_rank(hidden_size: int) -> int:
+    """16, the usual middle: enough for data sets of this size (Hu et al. 2021 see no gain past 8 on most tasks), small
+    enough to serve many adapters at once. Narrower models get their width."""
+    return min(16, hidden_size)
+
+
+def lora_alpha() -> float:
+    """32, whatever the rank: with it the best learning rate does not depend on the rank ("LoRA Without Regret")."""
+    return 32.0
+
+
+def precision(num_parameters: int) -> Literal["fp32", "bf16"]:
+    """bf16 from 50M parameters on. Smaller models train in seconds either way, and fp32 gives them the last digits and
+    the same result on processors without bf16 instructions."""
+    return "bf16" if num_parameters >= _SMALL_MODEL else "fp32"
+
+
+def gradient_accumulation_steps(batch_size: int, num_workers: int, mean_tokens: float) -> int:
+    """The fewest micro-batches per step that keep one at about 4,096 tokens: beyond that a device is busy anyway, and
+    activations and logits only cost memory."""
+    per_worker = ceil(batch_size / num_workers)
+    per_micro_batch = max(1, int(MAX_MICRO_BATCH_TOKENS // max(mean_tokens, 1.0)))
+    return ceil(per_worker / min(per_micro_batch, per_worker))
+
+
+def eval_interval(total_steps: int) -> int:
+    """About 15 evaluations in a run: enough points for a curve, a small share of the time."""
+    return max(1, ceil(total_steps / 15))
+
+
+def checkpoint_interval(total_steps: int) -> int:
+    """Five checkpoints in a run, so that a crash costs at most a fifth of it."""
+    return max(1, ceil(total_steps / 5))

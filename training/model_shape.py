@@ -1,0 +1,169 @@
+"""What a base's folder says about its model without loading it: architecture, sizes, parameters.
+
+Reads config.json and the headers of the safetensors files only; no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+_UNLIMITED = 10**9  # tokenizers write 10**30 for "no limit"
+
+
+class ShapeError(ValueError):
+    """The folder does not describe a model that can be used; the message is for the user."""
+
+
+class ModelShape:
+    """One model folder's configuration and parameter shapes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+
+    @property
+    def architecture(self) -> str:
+        """The class that transformers would build."""
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+    @property
+    def hidden_size(self) -> int:
+        """The model's width."""
+        return self._number("hidden_size", "n_embd", "d_model")
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        return self._number("num_hidden_layers", "n_layer", "num_layers")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self._number("vocab_size")
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one sequence: what the positions allow, and not more than the tokenizer's own limit."""
+        limits = [self.config[key] for key in _CONTEXT_KEYS if isinstance(self.config.get(key), int)][:1]
+        tokenizer_limit = read_json(self.folder / "tokenizer_config.json", missing_ok=True).get("model_max_length")
+        if isinstance(tokenizer_limit, int | float) and 0 < tokenizer_limit < _UNLIMITED:
+            limits.append(int(tokenizer_limit))
+        if not limits:
+            raise ShapeError("config.json does not tell the context length (max_position_embeddings)")
+        return min(limits)
+
+    def weight_files(self) -> list[str]:
+        """Names of the safetensors files that hold the weights, as transformers would choose them."""
+        if (self.folder / INDEX).exists():
+            mapping = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+                raise ShapeError(f"{INDEX} has no weight_map")
+            return sorted(set(mapping.values()))
+        return [SINGLE]
+
+    @cached_property
+    def _header(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name in self.weight_files():
+            try:
+                with safe_open(str(self.folder / name), framework="numpy") as file:
+                    for key in file.keys():  # noqa: SIM118 - not a dict
+                        tensor = file.get_slice(key)
+                        found[key] = (tuple(tensor.get_shape()), tensor.get_dtype())
+            except (OSError, SafetensorError) as error:
+                raise ShapeError(f"{name} is not a whole safetensors file: {error}") from error
+        return found
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter by name."""
+        return {name: shape for name, (shape, _) in self._header.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Stored numbers; tied weights are stored once."""
+        return sum(_product(shape) for shape in self.parameters.values())
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights as stored."""
+        return sum(_product(shape) * _BYTES.get(dtype, 4) for shape, dtype in self._header.values())
+
+    @property
+    def dtype(self) -> str:
+        """The type of most stored numbers, in torch's words."""
+        totals: dict[str, int] = {}
+        for shape, dtype in self._header.values():
+            totals[dtype] = totals.get(dtype, 0) + _product(shape)
+        most = max(sorted(totals), key=lambda name: totals[name])
+        return _DTYPES.get(most, most.lower())
+
+    def linear_weights(self) -> dict[str, tuple[int, ...]]:
+        """Matrices of the linear layers by module name: two-dimensional weights but embeddings and the output layer,
+        which is what "all-linear" means in PEFT."""
+        outside = ("embed", "wte", "wpe", "lm_head", "embed_out")
+        return {
+            name.removesuffix(".weight"): shape
+            for name, shape in self.parameters.items()
+            if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in outside)
+        }
+
+    def adapted(self, targets: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        """The linear layers that LoRA targets name, by a module's full name or its last parts, as PEFT matches them."""
+        layers = self.linear_weights()
+        if isinstance(targets, str):
+            return layers
+        return {
+            name: shape for name, shape in layers.items() if any(name == t or name.endswith("." + t) for t in targets)
+        }
+
+    def _number(self, *keys: str) -> int:
+        for key in keys:
+            if isinstance(self.config.get(key), int):
+                return int(self.config[key])
+        raise ShapeError(f"config.json lacks {keys[0]}")
+
+
+def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; ShapeError if it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise ShapeError(f"{path.name} is missing") from None
+    except ValueError as error:
+        raise ShapeError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ShapeError(f"{path.name} is not a JSON object")
+    return value
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,296 @@
+"""Planning: resolve "auto", count tokens, estimate memory; refuse what cannot work, before any accelerator is taken.
+
+Reads the base's configuration and safetensors headers, and renders every record once. No torch. The rules of "auto"
+are in `training.auto`, the examples come from `training.examples`, which the loop uses as well.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training import auto
+from training.examples import ExamplesError, load_examples
+from training.model_shape import ModelShape, ShapeError
+from training.records import ChatRecord, iter_records
+from training.render import Example, Renderer, RenderError
+from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
+from training.storage import Storage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["MIN_EXAMPLES", "Plan", "PlanError", "load_examples", "plan"]
+
+MIN_EXAMPLES = 10  # OpenAI's minimum
+_HYPER = "method.supervised.hyperparameters"
+_NO_STOP = "The template does not end assistant turns with a stop token; the model will not learn to stop."
+_NO_EOS = "The base has no end-of-text token; the model will not learn to stop."
+_BORDER = (
+    "What serving sends before an answer is not what stands before it in training: the template's generation prompt "
+    "differs from its assistant header, or a token spans the border between the two."
+)
+
+
+class PlanError(ValueError):
+    """A job that cannot work as asked; `param` is the request field to change."""
+
+    def __init__(self, code: str, message: str, param: str | None) -> None:
+        super().__init__(code, message, param)
+        self.code = code
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Plan(Contract):
+    """What will be run, in numbers."""
+
+    spec: TrainSpec  # resolved: nothing left on auto
+    num_examples: int  # for training, after the split
+    num_validation_examples: int
+    num_tokens: int  # of one epoch
+    num_trained_tokens: int  # of one epoch: tokens with a loss
+    max_example_tokens: int
+    total_steps: int  # optimizer steps: n_epochs * ceil(num_examples / batch_size)
+    peak_memory_bytes: int  # per worker, see `estimate_memory`
+    warnings: list[str]
+
+
+class _Counts(Contract):
+    """Token counts of a set of examples."""
+
+    num_examples: int
+    num_tokens: int
+    num_trained_tokens: int
+    max_tokens: int
+
+
+def plan(spec: TrainSpec, storage: Storage) -> Plan:
+    """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is."""
+    folder = storage.local_folder(spec.base.key)
+    try:
+        shape = ModelShape(folder)
+        _check_request(spec, shape)
+        renderer = Renderer.load(folder)
+    except ShapeError as error:
+        raise PlanError("invalid_base_model", f"The base model cannot be used: {error}", "model") from error
+    except RenderError as error:
+        raise PlanError("invalid_base_model", f"The base's tokenizer cannot be used: {error}", "model") from error
+    _check_has_template(spec, storage, renderer)
+    with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
+        train, validation = _load(spec, storage, Path(scratch))
+        num_valid = 0 if validation is None else len(validation)
+        _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
+        counts = _count(train)
+        longest = max(counts.max_tokens, _count(validation).max_tokens if validation is not None else 0)
+        warnings = _warnings_on_tokens(train, renderer, spec, storage)
+    resolved = _resolve(spec, shape, counts)
+    _check_batches(resolved)
+    hyper = resolved.hyperparameters
+    assert hyper.n_epochs != AUTO and hyper.batch_size != AUTO
+    if hyper.batch_size > counts.num_examples:
+        warnings.append(f"batch_size {hyper.batch_size} is more than the {counts.num_examples} training examples.")
+    return Plan(
+        spec=resolved,
+        num_examples=counts.num_examples,
+        num_validation_examples=num_valid,
+        num_tokens=counts.num_tokens,
+        num_trained_tokens=counts.num_trained_tokens,
+        max_example_tokens=longest,
+        total_steps=_total_steps(hyper, counts.num_examples),
+        peak_memory_bytes=estimate_memory(resolved, shape, longest),
+        warnings=warnings,
+    )
+
+
+def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int) -> int:
+    """Peak bytes of one worker's tensors: weights + gradients + Adam + activations + logits. An upper guess.
+
+    Weights: the base in the run's precision (LoRA), or fp32 masters and, in bf16, their bf16 copies (full). Each
+    trained number costs 4 bytes of gradient and 8 of Adam's moments, and 4 more as DDP's bucket with several workers.
+    Activations: 34 values per token, layer and unit of width, without the attention matrix (Korthikanti et al. 2022,
+    "Reducing Activation Recomputation in Large Transformer Models"); logits: three times vocabulary per token in fp32.
+    A micro-batch is taken at its longest: examples per micro-batch times the longest example.
+    """
+    hyper = spec.hyperparameters
+    assert not spec.unresolved(), "memory is estimated for a resolved spec"
+    assert hyper.batch_size != AUTO and hyper.gradient_accumulation_steps != AUTO
+    width = 4 if spec.precision == "fp32" else 2
+    if spec.adapter is None:
+        num_trained, weights = shape.num_parameters, shape.num_parameters * (4 if width == 4 else 6)
+    else:
+        assert spec.adapter.rank != AUTO
+        num_trained = spec.adapter.rank * sum(sum(dims) for dims in shape.adapted(spec.adapter.targets).values())
+        weights = shape.num_parameters * width + num_trained * 4
+    per_worker = ceil(hyper.batch_size / spec.num_workers)
+    tokens = ceil(per_worker / hyper.gradient_accumulation_steps) * max_example_tokens
+    activations = tokens * shape.num_layers * shape.hidden_size * 34 * width // 2
+    logits = tokens * shape.vocab_size * 4 * 3
+    return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
+
+
+# -- checks that need no data ------------------------------------------------------------------------------------------
+
+
+def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
+    hyper = spec.hyperparameters
+    given = hyper.learning_rate != AUTO and hyper.learning_rate_multiplier not in (AUTO, 1.0)
+    if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
+        message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
+        raise PlanError("invalid_value", message, f"{_HYPER}.learning_rate_multiplier")
+    if hyper.max_length != AUTO and hyper.max_length > shape.max_context:
+        message = f"max_length {hyper.max_length} is more than the base's context of {shape.max_context} tokens."
+        raise PlanError("invalid_value", message, f"{_HYPER}.max_length")
+    if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
+        message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
+        raise PlanError("invalid_value", message, f"{_HYPER}.batch_size")
+    if spec.adapter is not None:
+        _check_adapter(spec.adapter, shape)
+
+
+def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
+    if adapter.rank != AUTO and adapter.rank > shape.hidden_size:
+        message = f"LoRA rank {adapter.rank} is more than the model's width of {shape.hidden_size}."
+        raise PlanError("invalid_value", message, "adapter.rank")
+    if not shape.adapted(adapter.targets):
+        missing = "linear layers" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+        known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
+        raise PlanError("invalid_value", f"The base has no {missing}; it has {', '.join(known)}.", "adapter.targets")
+    if isinstance(adapter.targets, str):
+        return
+    for target in adapter.targets:
+        if not shape.adapted((target,)):
+            known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
+            message = f"The base has no linear layer {target!r}; it has {', '.join(known)}."
+            raise PlanError("invalid_value", message, "adapter.targets")
+
+
+def _check_batches(spec: TrainSpec) -> None:
+    hyper = spec.hyperparameters
+    assert hyper.batch_size != AUTO and hyper.gradient_accumulation_steps != AUTO
+    per_worker = ceil(hyper.batch_size / spec.num_workers)
+    if hyper.gradient_accumulation_steps > per_worker:
+        message = (
+            f"gradient_accumulation_steps {hyper.gradient_accumulation_steps} is more than the {per_worker} examples "
+            f"that each worker gets of a batch of {hyper.batch_size}."
+        )
+        raise PlanError("invalid_value", message, f"{_HYPER}.gradient_accumulation_steps")
+
+
+# -- checks on the data ------------------------------------------------------------------------------------------------
+
+
+def _load(spec: TrainSpec, storage: Storage, scratch: Path) -> tuple[Dataset, Dataset | None]:
+    try:
+        return load_examples(spec, storage, scratch)
+    except ExamplesError as error:
+        what = "training" if error.param == "training_file" else "validation"
+        text = f"The {what} file cannot be used with this base and these settings: {error}"
+        raise PlanError(f"invalid_{what}_file", text, error.param) from error
+
+
+def _first_record(spec: TrainSpec, storage: Storage) -> Any:
+    with storage.open_read(spec.training_key) as file:
+        return next((record for _, record in iter_records(file)), None)
+
+
+def _check_has_template(spec: TrainSpec, storage: Storage, renderer: Renderer) -> None:
+    if isinstance(_first_record(spec, storage), ChatRecord) and not renderer.has_chat_template:
+        message = (
+            "The base has no chat template, so it cannot be trained on chat records; use prompt/completion or text."
+        )
+        raise PlanError("invalid_training_file", message, "training_file")
+
+
+def _check_num_examples(num_given: int, num_validation: int, spec: TrainSpec) -> None:
+    if num_given < MIN_EXAMPLES:
+        message = f"The training file has {num_given} examples, and at least {MIN_EXAMPLES} are needed."
+        raise PlanError("invalid_training_file", message, "training_file")
+    if spec.validation_key is not None and num_validation == 0:
+        raise PlanError("invalid_validation_file", "The validation file holds no examples.", "validation_file")
+
+
+def _count(examples: Dataset) -> _Counts:
+    import pyarrow.compute as pc
+
+    table = examples.with_format("arrow")[:]
+    lengths = pc.list_value_length(table["input_ids"])
+    return _Counts(
+        num_examples=len(examples),
+        num_tokens=pc.sum(lengths).as_py() or 0,
+        num_trained_tokens=pc.sum(pc.cast(pc.list_flatten(table["trained"]), "int64")).as_py() or 0,
+        max_tokens=pc.max(lengths).as_py() or 0,
+    )
+
+
+def _warnings_on_tokens(examples: Dataset, renderer: Renderer, spec: TrainSpec, storage: Storage) -> list[str]:
+    """What is legal but makes a poor model."""
+    record, row = _first_record(spec, storage), examples[0]
+    first = Example(tuple(row["input_ids"]), tuple(row["trained"]))
+    if not renderer.ends_with_stop(first):
+        return [_NO_STOP if isinstance(record, ChatRecord) else _NO_EOS]
+    if isinstance(record, ChatRecord) and not _border_holds(record, renderer):
+        return [_BORDER]
+    return []
+
+
+def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:
+    """Whether the ids that serving would send before the last answer are those that stand before it in training."""
+    if record.messages[-1].weight == 0:
+        return True
+    messages = [message.model_dump(mode="json", exclude_none=True) for message in record.messages]
+    try:
+        prompt = renderer.encode_prompt(messages[:-1], list(record.tools) if record.tools else None)
+    except RenderError:
+        return True  # a template that wants the whole conversation; nothing can be said
+    example = renderer.encode_example(record)
+    return list(example.token_ids[: len(prompt)]) == prompt and example.trained[len(prompt)]
+
+
+# -- resolving ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
+    """The spec with numbers in place of every auto."""
+    hyper, lora = spec.hyperparameters, spec.adapter is not None
+    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples))
+    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers))
+    multiplier = _or(hyper.learning_rate_multiplier, 1.0)
+    mean_tokens = counts.num_tokens / counts.num_examples
+    accumulation = auto.gradient_accumulation_steps(batch, spec.num_workers, mean_tokens)
+    resolved = {
+        "n_epochs": epochs,
+        "batch_size": batch,
+        "learning_rate_multiplier": multiplier,
+        "learning_rate": _or(hyper.learning_rate, auto.learning_rate(shape.hidden_size, lora=lora) * multiplier),
+        "gradient_accumulation_steps": _or(hyper.gradient_accumulation_steps, accumulation),
+        "max_length": _or(hyper.max_length, shape.max_context),
+    }
+    hyper = hyper.model_copy(update=resolved)
+    total = _total_steps(hyper, counts.num_examples)
+    adapter = spec.adapter
+    if adapter is not None:
+        rank, alpha = _or(adapter.rank, auto.lora_rank(shape.hidden_size)), _or(adapter.alpha, auto.lora_alpha())
+        adapter = adapter.model_copy(update={"rank": rank, "alpha": alpha})
+    changes = {
+        "hyperparameters": hyper,
+        "adapter": adapter,
+        "precision": _or(spec.precision, auto.precision(shape.num_parameters)),
+        "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
+        "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
+    }
+    return TrainSpec.model_validate(spec.model_copy(update=changes).model_dump())
+
+
+def _or(value: Any, resolved: Any) -> Any:
+    return resolved if value == AUTO else value
+
+
+def _total_steps(hyper: Hyperparameters, num_examples: int) -> int:
+    assert hyper.n_epochs != AUTO and hyper.batch_size != AUTO
+    return hyper.n_epochs * ceil(num_examples / hyper.batch_size)
