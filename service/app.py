@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 ROUTERS = (files, fine_tuning, models, bases, aliases, keys, chat, completions, health)
 
 
-def build_app(platform: Platform) -> FastAPI:
-    """The HTTP application over the given parts."""
+def build_app(platform: Platform, *, adds_request_id: bool = True) -> FastAPI:
+    """The HTTP application over the given parts. Behind Serve, which adds the request id itself, it must not."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -39,7 +39,7 @@ def build_app(platform: Platform) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router)
     install_error_handlers(app)
-    install_middleware(app)
+    install_middleware(app, adds_request_id=adds_request_id)
     return app
 
 
@@ -76,7 +76,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
-        return build_app(self.platform)
+        return build_app(self.platform, adds_request_id=False)
 
     def check_health(self) -> None:
         """Serve's periodic call; also brings back an orchestrator that is gone."""

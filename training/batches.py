@@ -35,8 +35,8 @@ class MicroBatch:
         """The same on a device."""
         if device.type == "cpu":
             return self
-        move = {"device": device, "non_blocking": True}
-        return MicroBatch(self.input_ids.to(**move), self.lengths, self.keep.to(**move), self.targets.to(**move))
+        ids, keep, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.keep, self.targets))
+        return MicroBatch(ids, self.lengths, keep, targets)
 
 
 def collate(rows: dict[str, list[Any]]) -> MicroBatch:

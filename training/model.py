@@ -39,7 +39,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     except (ValueError, KeyError) as error:  # an architecture that this transformers does not know, or a broken config
         raise Failure("invalid_base_model", f"The base model cannot be loaded: {error}", "model") from error
     model.config.use_cache = False
-    return model.to(device).train()
+    torch.nn.Module.to(model, device)
+    return model.train()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -7,13 +7,13 @@ owner also retries: a worker that crashes ends `fit` with an exception, and noth
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from training.progress import ProgressItem, Wish
@@ -46,7 +46,7 @@ def fit(
 ) -> None:
     """Run the loop on `spec.num_workers` workers and wait for their end. Failed runs return; crashes raise.
 
-    `channel_actor.report(items)` answers with a `Wish`. `num_threads=0` leaves the number of threads to torch.
+    `channel_actor.report(items)` answers with a `Wish`. `num_threads=0` shares a machine's cores among its workers.
     """
     resources = {"CPU": num_cpus_per_worker, **pin_resources}
     if num_gpus_per_worker:
@@ -64,7 +64,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=spec.num_workers, use_gpu=num_gpus_per_worker > 0, resources_per_worker=resources
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # mypy reads the v1 name
             name=run_name,
             storage_path=str(Path(local_dir).absolute()),
             failure_config=FailureConfig(max_failures=0),
@@ -78,9 +78,14 @@ def _trainer_class(spec: TrainSpec) -> type[DataParallelTrainer]:
     """One worker needs no process group, and starts faster without."""
     if spec.num_workers == 1:
         return DataParallelTrainer
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     return TorchTrainer
+
+
+def _fair_share(num_local_workers: int) -> int:
+    """Threads for each of a machine's workers. Ray's own default is one per reserved CPU."""
+    return max(1, len(os.sched_getaffinity(0)) // num_local_workers)
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -91,9 +96,8 @@ def _work(config: dict[str, Any]) -> None:
     from training.storage import Storage
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if config["num_threads"]:
-        torch.set_num_threads(config["num_threads"])
     context = ray.train.get_context()
+    torch.set_num_threads(config["num_threads"] or _fair_share(context.get_local_world_size()))
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank() % torch.cuda.device_count())
     scratch_dir = Path(config["scratch_dir"]) / f"rank-{context.get_world_rank()}"

@@ -110,9 +110,7 @@ def list_aliases(client: openai.OpenAI) -> None:
     """All aliases."""
     shown = table("name", "model", "revision", "moved")
     for alias in get(client, "/aliases")["data"]:
-        shown.add_row(
-            escape(alias["id"]), escape(alias["model"]), str(alias["revision"]), when(alias["created_at"])
-        )
+        shown.add_row(escape(alias["id"]), escape(alias["model"]), str(alias["revision"]), when(alias["created_at"]))
     console.print(shown if shown.row_count else "No aliases.")
 
 

@@ -52,13 +52,9 @@ class RunDriverActor:
 
     def _work(self) -> None:
         try:
-            asyncio.run(self._drive())
+            asyncio.run(_drive(self._driver, self._metrics))
         finally:
             self._exit()
-
-    async def _drive(self) -> None:
-        async with self._metrics.pushing():
-            await asyncio.to_thread(self._driver.work)
 
     def _exit_when_lost(self) -> None:
         self._driver.recorder.lost.wait()
@@ -90,6 +86,12 @@ class RunDriverActor:
         finally:
             for leftover in (local_dir / recorder.run_id, local_dir / "scratch" / recorder.run_id):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+async def _drive(driver: RunDriver, numbers: Metrics) -> None:
+    """Not a method: one coroutine method would make the actor an asyncio actor, whose calls wait for each other."""
+    async with numbers.pushing():
+        await asyncio.to_thread(driver.work)
 
 
 def _hub_client(instance_id: str) -> HubClient:

@@ -75,6 +75,7 @@ class RunDriver:
             self.recorder.publish(*leftover)
             return
         self._drop_unrecorded_checkpoints()
+        log.info("run %s: attempt %d begins to train", self._run.id, self._run.attempt)
         self._fit(TrainSpec.model_validate(job.spec), run_key(job.id), self.recorder)
 
     def _drop_unrecorded_checkpoints(self) -> None:

@@ -6,7 +6,7 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
-from service.jobs.tasks import Workbench, execute
+from service.jobs.tasks import Workbench, execute, warm_up
 from service.logs import configure_logging
 from service.settings import Settings
 from service.store.database import Database
@@ -71,6 +71,7 @@ class TaskWorker:
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.log_level)
         self._bench = _bench(settings)
+        warm_up()
 
     def run(self, task: Task) -> None:
         """Do one task."""

@@ -78,6 +78,11 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
         events.add(tx, moved, "Files validated, moving job to queued state", dedup_key=f"{job.id}:queued")
 
 
+def warm_up() -> None:
+    """Import what planning needs, so that the first job of a process does not wait for it."""
+    from training import plan  # noqa: F401
+
+
 def import_base(bench: Workbench, payload: dict[str, Any]) -> None:
     """Copy a base into storage, or build the starter, and make it usable."""
     from training import bases as importer

@@ -1,0 +1,171 @@
+"""The commands around fine-tuning: create a job, watch it, look at it, steer it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from openai.types.fine_tuning import FineTuningJob
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from service.cli.client import console, errors, fail, get, post
+from service.cli.registry import table, when
+
+VALIDATION_POLL_S = 0.3
+NUM_FAULTS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class TrainWishes:
+    """The options of `tunesmith train`; None leaves a value to the service."""
+
+    base_model: str
+    suffix: str | None = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    full: bool = False
+    rank: int | None = None
+    workers: int = 1
+
+    def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
+        """The create request."""
+        chosen = {"n_epochs": self.epochs, "learning_rate": self.learning_rate}
+        hyperparameters = {name: value for name, value in chosen.items() if value is not None}
+        body: dict[str, Any] = {
+            "model": self.base_model,
+            "training_file": training_file,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "num_workers": self.workers,
+        }
+        if self.full:
+            body["adapter"] = {"type": "none"}
+        elif self.rank is not None:
+            body["adapter"] = {"type": "lora", "rank": self.rank}
+        for name, value in (("suffix", self.suffix), ("validation_file", validation_file)):
+            if value is not None:
+                body[name] = value
+        return body
+
+
+def train(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes, *, wait: bool) -> int:
+    """Upload, create, and watch if asked; returns the exit code."""
+    training_file = upload(client, data)
+    validation_file = upload(client, validation) if validation is not None else None
+    job = post(client, "/fine_tuning/jobs", wishes.body(training_file, validation_file))
+    console.print(f"Created [bold]{job['id']}[/] on {escape(wishes.base_model)}.")
+    if wait:
+        return watch(client, job["id"])
+    console.print(f"Watch it with: tunesmith jobs {job['id']} --wait")
+    return 0
+
+
+def upload(client: openai.OpenAI, path: Path) -> str:
+    """Upload a file with a progress bar and wait for its validation; ends with the first faults if it is bad."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), console=console
+    )
+    with bar, bar.open(path, "rb", description=f"Uploading {path.name}") as file:
+        made = client.files.create(file=(path.name, file), purpose="fine-tune")  # type: ignore[arg-type]
+    with console.status("Checking the rows …"):
+        client.files.wait_for_processing(made.id, poll_interval=VALIDATION_POLL_S)
+    state = get(client, f"/files/{made.id}")
+    report = state.get("report") or {}
+    if state["status"] == "error":
+        for fault in report.get("errors", [])[:NUM_FAULTS_SHOWN]:
+            errors.print(f"  line {fault['line']}: {escape(fault['message'])}", soft_wrap=True)
+        fail(f"{path.name} cannot be used: {state['status_details']}")
+    console.print(f"{path.name}: {report.get('num_records', '?')} rows, file id {made.id}")
+    return made.id
+
+
+def watch(client: openai.OpenAI, job_id: str) -> int:
+    """Follow a job's events live; Ctrl-C ends the watching, not the job. Returns the exit code."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    try:
+        with bar:
+            task = bar.add_task("waiting", total=None, loss="")
+            for event in follow(client, job_id):
+                data = event.get("data") or {}
+                if event["type"] == "metrics" and "train_loss" in data:
+                    loss = f"loss {data['train_loss']:.3f}"
+                    bar.update(
+                        task, description="training", completed=data["step"], total=data["total_steps"], loss=loss
+                    )
+                elif event["type"] == "message":
+                    bar.console.print(escape(event["message"]), soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(f"Stopped watching; the job goes on. Stop it with: tunesmith jobs {job_id} --cancel")
+        return 0
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    if job.status == "succeeded":
+        console.print(f"[green]Succeeded.[/] Talk to it: tunesmith chat {escape(job.fine_tuned_model or '')}")
+        return 0
+    reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
+    errors.print(f"The job is {job.status}{reason}", soft_wrap=True)
+    return 1
+
+
+def follow(client: openai.OpenAI, job_id: str) -> Iterator[dict[str, Any]]:
+    """A job's events from its first on, live, until it is over."""
+    url = f"{client.base_url}fine_tuning/jobs/{job_id}/events?stream=true"
+    timeout = httpx.Timeout(30, read=60)  # keep-alives come more often than that
+    with httpx.stream("GET", url, headers={"Authorization": f"Bearer {client.api_key}"}, timeout=timeout) as response:
+        if response.status_code != 200:
+            response.read()
+            fail(response.json()["error"]["message"])
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def show_all(client: openai.OpenAI) -> None:
+    """The newest jobs."""
+    shown = table("id", "status", "base", "model", "made")
+    for job in client.fine_tuning.jobs.list(limit=20).data:
+        shown.add_row(job.id, job.status, escape(job.model), escape(job.fine_tuned_model or "–"), when(job.created_at))
+    console.print(
+        shown if shown.row_count else "No jobs yet: `tunesmith train data.jsonl --base-model NAME` makes one."
+    )
+
+
+def show_one(client: openai.OpenAI, job_id: str) -> int:
+    """One job with its last events; returns the exit code."""
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    for name, value in _facts(job):
+        console.print(f"{name:>16}  {escape(str(value))}", soft_wrap=True)
+    for event in reversed(client.fine_tuning.jobs.list_events(job_id, limit=10).data):
+        console.print(f"{when(event.created_at)}  {escape(event.message)}", soft_wrap=True)
+    return 0
+
+
+def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
+    yield "id", job.id
+    yield "status", job.status
+    yield "base", job.model
+    yield "model", job.fine_tuned_model or "–"
+    if job.hyperparameters is not None:
+        yield "epochs", job.hyperparameters.n_epochs
+        yield "batch size", job.hyperparameters.batch_size
+    yield "trained tokens", job.trained_tokens or "–"
+    if job.error and job.error.message:
+        yield "error", job.error.message
+
+
+def steer(client: openai.OpenAI, job_id: str, verb: str) -> None:
+    """Cancel, pause or resume."""
+    job = post(client, f"/fine_tuning/jobs/{job_id}/{verb}", {})
+    console.print(f"{job_id} is {job['status']} now.")
