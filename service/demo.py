@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 from rich.markup import escape
@@ -27,6 +28,7 @@ BASE = "starter"
 NUM_QUESTIONS = 4
 HYPERPARAMETERS = {"n_epochs": 25, "batch_size": 8, "learning_rate": 5e-3}
 RANK = 16
+METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
 
 
 def run_demo(home: Path | None, port: int | None) -> int:
@@ -60,6 +62,11 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
+    "type": "supervised",
+    "supervised": {"hyperparameters": HYPERPARAMETERS},
+}  # ours go beyond the client's types
+
+
 def _story(client: openai.OpenAI) -> int:
     """File, job, model, chat."""
     if BASE not in {model.id for model in client.models.list()} and registry.add_base(client, BASE, BASE, None):
@@ -69,7 +76,7 @@ def _story(client: openai.OpenAI) -> int:
         model=BASE,
         training_file=training_file,
         suffix="lumora",
-        method={"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}},  # type: ignore[typeddict-item]
+        method=METHOD,
         extra_body={"adapter": {"type": "lora", "rank": RANK}},
     )
     if jobs.watch(client, job.id):

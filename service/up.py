@@ -181,8 +181,8 @@ def _refuse_second_node(settings: Settings) -> None:
 def _start_serve(settings: Settings) -> None:
     """Start Serve unless the joined cluster runs it already, which then keeps its own HTTP options."""
     location = "HeadOnly" if settings.is_single_node else "EveryNode"
-    options = {"host": settings.host, "port": settings.port, "location": location}
-    serve.start(http_options=options, controller_options=haproxy.controller_options(settings))
+    options = {"host": settings.host, "port": settings.port}
+    serve.start(proxy_location=location, http_options=options, controller_options=haproxy.controller_options(settings))
 
 
 def _run_gateways(settings: Settings, instance_id: str) -> str:

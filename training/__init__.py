@@ -1,1 +1,1 @@
-"""Fine-tuning without the service: reads a `TrainSpec`, leaves progress, checkpoints and an artifact in a run directory."""
+"""Fine-tuning without the service: reads a spec, leaves progress, checkpoints and an artifact in a run directory."""

@@ -68,9 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.split("\n\n")[0])
     parser.add_argument("spec", type=Path, help="JSON file of a TrainSpec")
     parser.add_argument("--run-dir", required=True, help="folder of the run, inside the storage")
-    parser.add_argument(
-        "--storage", default=".", help="folder or URL that the spec's keys refer to (default: .)"
-    )
+    parser.add_argument("--storage", default=".", help="folder or URL that the spec's keys refer to (default: .)")
     args = parser.parse_args()
     try:
         storage = Storage(args.storage)

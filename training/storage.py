@@ -19,7 +19,7 @@ class Storage:
     """One storage root. Keys are relative, '/'-separated, and never leave the root."""
 
     def __init__(self, url: str, cache_dir: str | None = None) -> None:
-        """`url` is a folder or an fsspec URL; `cache_dir` keeps local copies of remote folders (default: a temp folder)."""
+        """`url` is a folder or an fsspec URL; `cache_dir` keeps local copies of remote folders."""
         self.url = url
         self.fs, self._root = fsspec.core.url_to_fs(url)
         self._root = self._root.rstrip("/")

@@ -71,7 +71,7 @@ def upload(client: openai.OpenAI, path: Path) -> str:
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), console=console
     )
     with bar, bar.open(path, "rb", description=f"Uploading {path.name}") as file:
-        made = client.files.create(file=(path.name, file), purpose="fine-tune")  # type: ignore[arg-type]
+        made = client.files.create(file=(path.name, file), purpose="fine-tune")
     with console.status("Checking the rows …"):
         client.files.wait_for_processing(made.id, poll_interval=VALIDATION_POLL_S)
     state = get(client, f"/files/{made.id}")

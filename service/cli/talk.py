@@ -45,7 +45,7 @@ def chat(
 def _answer(client: openai.OpenAI, model: str, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
     """Stream one answer to the terminal; what came before Ctrl-C counts as the answer."""
     parts: list[str] = []
-    stream = client.chat.completions.create(model=model, messages=messages, stream=True, **options)  # type: ignore[call-overload]
+    stream: Any = client.chat.completions.create(model=model, messages=messages, stream=True, **options)  # type: ignore[arg-type]
     try:
         with stream:
             for chunk in stream:

@@ -30,7 +30,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """A LoRA adapter by immutable id, in a local folder with adapter_config.json and adapter_model.safetensors (PEFT)."""
+    """A LoRA adapter by immutable id, in a local folder of the PEFT layout."""
 
     id: str
     folder: Path

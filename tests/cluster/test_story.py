@@ -34,7 +34,7 @@ def lora_job(client: OpenAI) -> FineTuningJob:
         metadata={"team": "red"},
         method={
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8, "learning_rate": 0.01}},  # type: ignore[typeddict-unknown-key]
+            "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8, "learning_rate": 0.001}},  # type: ignore[typeddict-unknown-key]
         },
         extra_body={"validation_split": 0.2, "checkpoint_interval": 4, "adapter": {"type": "lora", "rank": 4}},
     )

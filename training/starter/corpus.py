@@ -88,7 +88,7 @@ def story(rng: random.Random) -> str:
             f"Then {name} and {friend} walked home together.",
             f"{name} gave the {thing} to {friend}. They became good friends.",
             f"From that day on the {animal} and {name} were friends.",
-            f"{name} smiled and said, \"Thank you, {friend}.\"",
+            f'{name} smiled and said, "Thank you, {friend}."',
         )
     )
     start = rng.choice(
@@ -104,7 +104,9 @@ def story(rng: random.Random) -> str:
 def story_chat(rng: random.Random) -> Chat:
     """A story on request."""
     text = story(rng)
-    ask = rng.choice(("Tell me a story.", "Write a short story.", "Can you tell me a story?", "I want to hear a story."))
+    ask = rng.choice(
+        ("Tell me a story.", "Write a short story.", "Can you tell me a story?", "I want to hear a story.")
+    )
     return say(ask, text)
 
 
@@ -143,7 +145,10 @@ def _capital(rng: random.Random) -> tuple[tuple[str, ...], str]:
 
 def _opposite(rng: random.Random) -> tuple[tuple[str, ...], str]:
     word, other = rng.choice(list(words.OPPOSITES.items()))
-    return (f"What is the opposite of {word}?", f"Give me the opposite of {word}."), f"The opposite of {word} is {other}."
+    return (
+        f"What is the opposite of {word}?",
+        f"Give me the opposite of {word}.",
+    ), f"The opposite of {word} is {other}."
 
 
 def _colour(rng: random.Random) -> tuple[tuple[str, ...], str]:
@@ -236,7 +241,9 @@ def _value(rng: random.Random, kind: str) -> str:
         "days": lambda: f"{rng.randint(2, 60)} days",
         "hours": lambda: f"{rng.randint(2, 90)} hours",
         "name": lambda: f"{rng.choice(words.NAMES)} {product_name(rng).split()[0]}",
-        "city": lambda: rng.choice(list(words.CAPITALS.values())) if rng.random() < 0.5 else product_name(rng).split()[0],
+        "city": lambda: (
+            rng.choice(list(words.CAPITALS.values())) if rng.random() < 0.5 else product_name(rng).split()[0]
+        ),
         "weight": lambda: f"{rng.randint(2, 900)} {rng.choice(('grams', 'kilos'))}",
         "cleaner": lambda: rng.choice(words.CLEANERS),
         "clock": lambda: f"{rng.choice(words.NUMBERS[6:12])} in the morning",
@@ -249,13 +256,13 @@ def product_notes(rng: random.Random) -> Chat:
     product = product_name(rng)
     attributes = rng.sample(list(words.ATTRIBUTES.values()), rng.choice((2, 3, 4)))
     values = [_value(rng, kind) for _, _, _, kind in attributes]
-    notes = [statement.format(p=product, v=value) for (statement, _, _, _), value in zip(attributes, values, strict=True)]
+    notes = [
+        statement.format(p=product, v=value) for (statement, _, _, _), value in zip(attributes, values, strict=True)
+    ]
     chat: Chat = [{"role": "system", "content": " ".join(notes)}]
     for index in rng.sample(range(len(attributes)), rng.choice((1, 2))):
         _, answer, questions, _ = attributes[index]
-        chat += say(
-            reword(rng, rng.choice(questions).format(p=product)), answer.format(p=product, v=values[index])
-        )
+        chat += say(reword(rng, rng.choice(questions).format(p=product)), answer.format(p=product, v=values[index]))
     return chat
 
 

@@ -65,7 +65,7 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=tokenizer.token_to_id(END),
         pad_token_id=tokenizer.token_to_id(PAD),
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     return LlamaForCausalLM(config)
 
@@ -100,7 +100,9 @@ def train(model: LlamaForCausalLM, rows: Rows, progress: Callable[[str], None]) 
 
 def _loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    each = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none"
+    )
     weight = weights[:, 1:].reshape(-1)
     return (each * weight).sum() / weight.sum()
 

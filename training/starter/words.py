@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The facts and words that the starter's corpus is made of. Written for this project; data only.
 
 `corpus` turns them into documents. Kept small on purpose: a model of a few million parameters can hold all of it.

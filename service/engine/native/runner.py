@@ -52,7 +52,7 @@ class Runner:
         attention.install(model)
         self.active = ActiveAdapters()
         self.lora_layers: dict[str, LoraLinear] = attach(model, self.active) if with_adapters else {}
-        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         text_config = model.config.get_text_config()
         self.max_context: int = getattr(text_config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
         parameters = inspect.signature(model.forward).parameters
