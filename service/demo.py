@@ -62,11 +62,6 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-    "type": "supervised",
-    "supervised": {"hyperparameters": HYPERPARAMETERS},
-}  # ours go beyond the client's types
-
-
 def _story(client: openai.OpenAI) -> int:
     """File, job, model, chat."""
     if BASE not in {model.id for model in client.models.list()} and registry.add_base(client, BASE, BASE, None):
