@@ -2,10 +2,15 @@
 
 Nothing goes through `train.report`, which costs seconds: progress and wishes go straight to the owner's actor. The
 owner also retries: a worker that crashes ends `fit` with an exception, and nothing is restarted here.
+
+Ray Train 2.60 starts five processes of its own before a worker may run; each imports Ray Train for two seconds of CPU.
+We keep what a run of ours needs (see `_Trainer`), which halves the time to the first step on a small machine. These
+are internals of Ray, so the version of Ray is bound in `pyproject.toml`, and a test runs them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -13,11 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.train.backend import BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from training.progress import ProgressItem, Wish
 from training.spec import TrainSpec
+
+_POLL_S = 0.5  # how soon the end or the crash of a worker is seen
 
 
 class ActorChannel:
@@ -46,12 +59,14 @@ def fit(
 ) -> None:
     """Run the loop on `spec.num_workers` workers and wait for their end. Failed runs return; crashes raise.
 
-    `channel_actor.report(items)` answers with a `Wish`. `num_threads=0` shares a machine's cores among its workers.
+    Call it from an actor, whose end, however it comes, ends the workers; a detached one gives their resources back at
+    once. `channel_actor.report(items)` answers with a `Wish`. `num_threads=0` shares a machine's cores among its
+    workers.
     """
     resources = {"CPU": num_cpus_per_worker, **pin_resources}
     if num_gpus_per_worker:
         resources["GPU"] = num_gpus_per_worker
-    trainer = _trainer_class(spec)(
+    trainer = _Trainer(
         _work,
         train_loop_config={
             "spec": spec,
@@ -61,6 +76,7 @@ def fit(
             "num_threads": num_threads,
             "scratch_dir": str(Path(local_dir) / "scratch" / run_name),
         },
+        backend_config=_backend(spec, use_gpu=num_gpus_per_worker > 0),
         scaling_config=ScalingConfig(
             num_workers=spec.num_workers, use_gpu=num_gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -74,13 +90,55 @@ def fit(
     trainer.fit()
 
 
-def _trainer_class(spec: TrainSpec) -> type[DataParallelTrainer]:
-    """One worker needs no process group, and starts faster without."""
-    if spec.num_workers == 1:
-        return DataParallelTrainer
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
+class _Trainer(DataParallelTrainer):
+    """A trainer that runs its controller in this process, without the helpers that a run of ours has no use for.
 
-    return TorchTrainer
+    - Placement groups made by a detached actor are removed by Ray itself when the actor ends, so no cleaner.
+    - No data sets of Ray's, so no data set manager.
+    - Wishes come through our channel, so nobody watches for preemption.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        kwargs["scaling_policy"] = _FixedSize(self.scaling_config)  # type: ignore[arg-type]  # the v1 name again
+        controller = _Controller(**kwargs)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _Controller(TrainController):
+    """Ray Train's controller, quicker to see the end."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._health_check_interval_s = _POLL_S
+        kept = [c for c in self._worker_group_callbacks_to_propagate if not isinstance(c, PreemptionCallback)]
+        self._worker_group_callbacks_to_propagate = kept
+
+
+class _FixedSize(FixedScalingPolicy):
+    """Workers as asked for. The placement group alone makes an autoscaler act; no coordinator has to hear of it."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Start no coordinator."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Tell none."""
+
+    def _cancel_resource_request(self) -> None:
+        """Take nothing back."""
+
+
+def _backend(spec: TrainSpec, use_gpu: bool) -> BackendConfig:
+    """A process group for several workers; one needs none, and starts faster without."""
+    if spec.num_workers == 1:
+        return BackendConfig()
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="nccl" if use_gpu else "gloo")
 
 
 def _fair_share(num_local_workers: int) -> int:

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 LEASE = "orchestrator"
 LEASE_TTL_S = 10.0
 LAUNCH_GRACE_S = 5.0  # a run without a driver so long after its row was never launched
+START_PATIENCE = 3  # heartbeat time-outs that a driver's process gets to its first heartbeat on a busy machine
 CLEAN_EVERY_S = 600.0
 
 
@@ -168,7 +169,9 @@ class Orchestrator:
     def _reap(self) -> None:
         """End the runs whose driver is gone or silent; their jobs continue from the last checkpoint."""
         for run, _job in self._live():
-            is_silent = now() - run.heartbeat_at > self._settings.heartbeat_timeout_s
+            has_begun = run.heartbeat_at > run.created_at
+            patience_s = self._settings.heartbeat_timeout_s * (1 if has_begun else START_PATIENCE)
+            is_silent = now() - run.heartbeat_at > patience_s
             is_gone = now() - run.created_at > LAUNCH_GRACE_S and not self._launcher.is_alive(run.id)
             if is_silent or is_gone:
                 self._launcher.kill(run.id)

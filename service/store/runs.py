@@ -18,14 +18,15 @@ class RunLost(Exception):
 def start(tx: Session, job_id: str, epoch: int) -> Run:
     """A new attempt, one higher than the last."""
     attempt = (tx.scalar(select(func.max(Run.attempt)).where(Run.job_id == job_id)) or 0) + 1
+    moment = now()
     run = Run(
         id=new_id("run-"),
-        created_at=now(),
+        created_at=moment,
         job_id=job_id,
         attempt=attempt,
         epoch=epoch,
         state="active",
-        heartbeat_at=now(),
+        heartbeat_at=moment,  # equal until the driver's first own heartbeat
     )
     tx.add(run)
     tx.flush()

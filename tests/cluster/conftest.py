@@ -45,7 +45,7 @@ def cluster_settings(home: Path, **changes: Any) -> Settings:
         "engine_num_threads": 1,
         "train_num_cpus": 0.4,
         "train_num_threads": 1,
-        "heartbeat_timeout_s": 10.0,
+        "heartbeat_timeout_s": 20.0,
     }
     return Settings(**(values | changes))
 

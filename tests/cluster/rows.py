@@ -24,6 +24,6 @@ def chat_rows(num: int) -> list[dict[str, Any]]:
 
 
 def text_rows(num: int) -> list[dict[str, Any]]:
-    """Beginnings of short stories as plain text rows."""
-    stories = (DATA / "tinystories-val" / "tinystories_val.txt").read_text().split("<|endoftext|>")
+    """Paragraphs of short stories as plain text rows."""
+    stories = (DATA / "tinystories-val" / "tinystories_val.txt").read_text().split("\n\n")
     return [{"text": story.strip()[:300]} for story in stories if len(story.strip()) > 100][:num]

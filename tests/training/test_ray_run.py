@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from training.artifact import verify
 from training.loop import run
 from training.progress import ArtifactWritten, ProgressItem, StepMetrics, Wish
 from training.ray_run import fit
+from training.spec import TrainSpec
 from training.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -31,9 +33,8 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@ray.remote(num_cpus=0)
 class Owner:
-    """Takes the progress of a run."""
+    """Calls `fit` in a thread, as a run driver does, and takes the progress of its run."""
 
     def __init__(self) -> None:
         self.items: list[ProgressItem] = []
@@ -45,30 +46,64 @@ class Owner:
     def said(self) -> list[ProgressItem]:
         return self.items
 
+    def run(self, spec: TrainSpec, storage_url: str, local_dir: str) -> None:
+        """Train on the cluster, to the end."""
+        fit(
+            spec,
+            storage_url,
+            "runs/many",
+            ray.get_runtime_context().current_actor,
+            num_cpus_per_worker=1,
+            num_gpus_per_worker=0,
+            num_threads=1,
+            pin_resources={"node:__internal_head__": 0.001},
+            run_name=f"test-{uuid.uuid4().hex}",
+            local_dir=local_dir,
+        )
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+
+def new_owner() -> Any:
+    options = {"num_cpus": 0, "max_concurrency": 4, "lifetime": "detached", "name": uuid.uuid4().hex}
+    return ray.remote(Owner).options(**options).remote()
+
+
+def await_free(num_cpus: float) -> None:
+    """Wait until the cluster has CPUs free."""
+    while ray.available_resources().get("CPU", 0) < num_cpus:
+        time.sleep(0.1)
+
+
 @pytest.mark.usefixtures("cluster")
-def test_workers_of_a_cluster_train_what_one_process_trains(tmp_path: Path, num_workers: int) -> None:
-    storage = Storage(str(tmp_path / "storage"))
+def test_one_worker_trains_what_one_process_trains(tmp_path: Path) -> None:
+    check_run(tmp_path, num_workers=1)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_train_the_same_and_a_killed_owner_takes_its_workers_along(tmp_path: Path) -> None:
+    free = ray.available_resources()["CPU"]
+    check_run(tmp_path / "whole", num_workers=2)
+    await_free(free)
+    storage, owner = Storage(str(tmp_path / "killed")), new_owner()
+    endless = make_spec(storage, make_base(storage), num_workers=2, n_epochs=50, batch_size=2)
+    owner.run.remote(endless, storage.url, str(tmp_path / "ray"))
+    while not any(isinstance(item, StepMetrics) for item in ray.get(owner.said.remote())):
+        time.sleep(0.1)
+    ray.kill(owner)
+    await_free(free)
+
+
+def check_run(folder: Path, num_workers: int) -> None:
+    """A run on the cluster against one in this process."""
+    storage = Storage(str(folder / "storage"))
     base = make_base(storage)
-    alone, owner = Recorder(), Owner.remote()
-    run(make_spec(storage, base), storage, "runs/alone", alone, tmp_path / "scratch")
-    fit(
-        make_spec(storage, base, num_workers=num_workers),
-        storage.url,
-        "runs/many",
-        owner,
-        num_cpus_per_worker=1,
-        num_gpus_per_worker=0,
-        num_threads=1,
-        pin_resources={"node:__internal_head__": 0.001},
-        run_name=f"test-{uuid.uuid4().hex}",
-        local_dir=str(tmp_path / "ray"),
-    )
+    alone, owner = Recorder(), new_owner()
+    run(make_spec(storage, base), storage, "runs/alone", alone, folder / "scratch")
+    ray.get(owner.run.remote(make_spec(storage, base, num_workers=num_workers), storage.url, str(folder / "ray")))
     items: list[Any] = ray.get(owner.said.remote())
     losses = [item.train_loss for item in items if isinstance(item, StepMetrics)]
     assert losses == pytest.approx([item.train_loss for item in alone.of(StepMetrics)], rel=1e-5)
     assert [item.seq for item in items] == list(range(len(items)))
     assert isinstance(items[-1], ArtifactWritten)
     verify(storage, items[-1].key, items[-1].manifest_hash)
-    assert not list((tmp_path / "ray" / "scratch").rglob("*.safetensors")), "nothing is left behind"
+    assert not list((folder / "ray" / "scratch").rglob("*.safetensors")), "nothing is left behind"
+    ray.kill(owner)

@@ -201,5 +201,5 @@ ATTRIBUTES: dict[str, tuple[str, str, tuple[str, ...], str]] = {
 }  # fmt: skip
 
 CLEANERS = "warm water|a soft cloth|a dry brush|a little soap|salt and water|lemon juice".split("|")
-SYLLABLES = "ba be bo bri ca cor da den do el fa fin gla go ha jo ka ki lo lu ma mi mor na ni nor o pa pe po ra ri ro sa se sol ta ti to tri u va ve vi wen xa ya za zi zu".split()  # noqa: E501
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()  # noqa: E501
+SYLLABLES = "ba be bo bri ca cor da den do el fa fin gla go ha jo ka ki lo lu ma mi mor na ni nor o pa pe po ra ri ro sa se sol ta ti to tri u va ve vi wen xa ya za zi zu".split()
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
