@@ -37,7 +37,7 @@ class ImportedBase(Contract):
     content_hash: str
     manifest_hash: str
     fingerprint: Fingerprint
-    capabilities: tuple[str, ...]  # "completion", and "chat" if it has a chat template
+    capabilities: tuple[str, ...]  # "completions", and "chat" if it has a chat template
     architecture: str
     num_parameters: int
     max_context: int  # tokens
@@ -73,7 +73,7 @@ def import_base(storage: Storage, *, id: str, source: str, revision: str | None,
             content_hash=content_hash,
             manifest_hash=manifest.hash(),
             fingerprint=manifest.fingerprint,
-            capabilities=("completion", "chat") if renderer.has_chat_template else ("completion",),
+            capabilities=("completions", "chat") if renderer.has_chat_template else ("completions",),
             architecture=shape.architecture,
             num_parameters=shape.num_parameters,
             max_context=shape.max_context,

@@ -42,9 +42,9 @@ def change_json(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("name", "architecture", "num_parameters", "max_context", "capabilities"),
     [
-        ("stories260K", "LlamaForCausalLM", 260_032, 512, ("completion",)),
-        ("stories3M", "LlamaForCausalLM", 3_148_224, 512, ("completion",)),
-        ("cardputer-chat", "GPTNeoForCausalLM", 3_410_560, 256, ("completion", "chat")),
+        ("stories260K", "LlamaForCausalLM", 260_032, 512, ("completions",)),
+        ("stories3M", "LlamaForCausalLM", 3_148_224, 512, ("completions",)),
+        ("cardputer-chat", "GPTNeoForCausalLM", 3_410_560, 256, ("completions", "chat")),
     ],
 )
 def test_real_models_are_imported_and_proved(
@@ -75,7 +75,7 @@ def test_another_template_is_other_content(storage: Storage, model: Path) -> Non
     second = add(storage, model)
     assert second.content_hash != first.content_hash
     assert second.fingerprint.chat_template != first.fingerprint.chat_template
-    assert second.capabilities == ("completion", "chat")
+    assert second.capabilities == ("completions", "chat")
 
 
 def test_an_import_that_was_cut_off_is_not_a_base_and_is_completed_next_time(storage: Storage, model: Path) -> None:
