@@ -1,0 +1,220 @@
+"""The command line against a real service in this process: real API, database and orchestrator, no Ray, no model."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from openai import OpenAI
+from typer.testing import CliRunner
+
+from service.cli import app
+from service.jobs.launchers import InProcessLauncher
+from service.jobs.rehearsal import Rehearsal
+from service.jobs.task_runners import InProcessTaskRunner
+from tests.api.live import ECHO, live_service, sync_client
+from tests.jobs.world import make_orchestrator
+from training.starter import build_starter
+
+ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+PATIENCE_S = 60
+BASE = "babbler"
+HEAVY = ("openai", "ray", "torch", "transformers", "rich.progress", "fastapi", "sqlalchemy")
+
+Tunesmith = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """base_url and admin key; an orchestrator ticks beside it and its runs are rehearsals."""
+    stop = threading.Event()
+    with live_service(tmp_path_factory.mktemp("home")) as (platform, url, secret):
+        settings, db, storage = platform.settings, platform.db, platform.storage
+        launcher = InProcessLauncher(settings, db, storage, Rehearsal(storage), 1)
+        runner = InProcessTaskRunner(settings, db, storage)
+        orchestrator = make_orchestrator(settings, db, launcher, runner)
+
+        def tick() -> None:
+            while not stop.wait(0.02):
+                orchestrator.tick()
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        yield url, secret
+        stop.set()
+        thread.join(PATIENCE_S)
+        launcher.join(PATIENCE_S)
+        runner.join(PATIENCE_S)
+
+
+@pytest.fixture
+def tunesmith(service: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tunesmith:
+    """Runs one command against the service, as its administrator."""
+    url, secret = service
+    for name, value in (
+        ("TUNESMITH_URL", url),
+        ("TUNESMITH_API_KEY", secret),
+        ("TUNESMITH_HOME", str(tmp_path)),
+        ("COLUMNS", "240"),
+    ):
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str, expect: int = 0, typed: str | None = None) -> Result:
+        result = CliRunner().invoke(app, arguments, input=typed)
+        assert result.exit_code == expect, (result.output, result.exception)
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(service: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A starter of two steps, added by the command line: planning wants a real model's files."""
+    folder = tmp_path_factory.mktemp("babbler")
+    build_starter(folder, lambda line: None, num_steps=2)
+    url, secret = service
+    result = CliRunner().invoke(app, ["base", "add", BASE, str(folder), "--url", url, "--key", secret])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "is ready" in result.output
+    return BASE
+
+
+@pytest.fixture
+def client(service: tuple[str, str]) -> Iterator[OpenAI]:
+    with sync_client(*service) as made:
+        yield made
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A good training file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(ROW) + "\n") * 12)
+    return path
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from service.cli import app
+try:
+    app(["--help"])
+finally:
+    assert not [name for name in {HEAVY} if name in sys.modules], sorted(sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    for name in ("up", "demo", "train", "jobs", "models", "chat", "keys", "base", "alias"):
+        assert f" {name} " in shown.stdout
+
+
+def test_train_with_wait_follows_the_job_to_its_model(
+    tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
+) -> None:
+    shown = tunesmith("train", str(data), "--base-model", base, "--suffix", "cli", "--rank", "4", "--wait").output
+    assert "12 rows" in shown
+    assert "The job has successfully completed" in shown
+    job = client.fine_tuning.jobs.list(limit=1).data[0]
+    assert job.status == "succeeded"
+    assert job.fine_tuned_model is not None
+    assert f"tunesmith chat {job.fine_tuned_model}" in shown
+    assert (job.model_extra or {})["adapter"]["rank"] == 4
+    assert job.fine_tuned_model in tunesmith("models").output
+    assert job.id in tunesmith("jobs").output
+    details = tunesmith("jobs", job.id).output
+    assert "succeeded" in details
+    assert "New fine-tuned model created" in details
+
+
+def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data: Path, base: str) -> None:
+    options = ("--epochs", "7", "--learning-rate", "0.003", "--full", "--validation-file", str(data))
+    tunesmith("train", str(data), "--base-model", base, *options)
+    job = client.fine_tuning.jobs.list(limit=1).data[0]
+    assert job.validation_file is not None
+    assert job.hyperparameters is not None
+    assert job.hyperparameters.n_epochs == 7
+    extra = job.model_extra or {}
+    assert extra["adapter"] == {"type": "none"}
+    assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
+
+
+def test_a_bad_file_is_refused_with_the_numbers_of_its_lines(tunesmith: Tunesmith, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text((json.dumps(ROW) + "\n") * 10 + '{"messages": []}\n{oops\n')
+    shown = tunesmith("train", str(path), "--base-model", ECHO, expect=1).output
+    assert "line 11:" in shown
+    assert "line 12:" in shown
+    assert "bad.jsonl cannot be used" in shown
+
+
+def test_a_refused_job_shows_the_servers_own_words(tunesmith: Tunesmith, data: Path) -> None:
+    assert "no-such-base" in tunesmith("train", str(data), "--base-model", "no-such-base", expect=1).output
+
+
+def test_jobs_over_cannot_be_steered_and_unknown_ones_are_not_found(tunesmith: Tunesmith, data: Path) -> None:
+    assert "ftjob-none" in tunesmith("jobs", "ftjob-none", expect=1).output
+    assert "ftjob-none" in tunesmith("jobs", "ftjob-none", "--wait", expect=1).output
+    tunesmith("jobs", "--cancel", expect=2)
+    tunesmith("jobs", "ftjob-none", "--cancel", "--pause", expect=2)
+    tunesmith("train", str(data), "--base-model", ECHO, "--full", "--rank", "4", expect=2)
+
+
+def test_chat_streams_one_answer_or_a_conversation(tunesmith: Tunesmith) -> None:
+    assert "knock knock" in tunesmith("chat", ECHO, "knock knock", "--max-tokens", "50").output
+    shown = tunesmith("chat", ECHO, "--system", "Be kind.", typed="first thing\nsecond thing\n\n").output
+    assert "first thing" in shown
+    assert "second thing" in shown
+    assert "no-such-model" in tunesmith("chat", "no-such-model", "Hi", expect=1).output
+
+
+def test_a_key_is_shown_once_works_and_is_refused_after_revoke(tunesmith: Tunesmith) -> None:
+    result = tunesmith("keys", "create", "my-app", "--scope", "inference", "--scope", "models")
+    secret = result.stdout.strip()
+    assert "\n" not in secret  # alone on stdout, so that it can be piped
+    listed = tunesmith("keys", "list").output
+    assert "my-app" in listed
+    assert secret not in listed
+    assert ECHO in tunesmith("models", "--key", secret).output
+    tunesmith("base", "list", "--key", secret, expect=1)
+    key_id = next(line.split()[0] for line in listed.splitlines() if "my-app" in line)
+    tunesmith("keys", "revoke", key_id)
+    assert "--key" in tunesmith("models", "--key", secret, expect=1).output
+
+
+def test_bases_are_listed_and_a_failed_import_says_why(tunesmith: Tunesmith, tmp_path: Path) -> None:
+    assert ECHO in tunesmith("base", "list").output
+    (tmp_path / "empty").mkdir()
+    assert "Error" in tunesmith("base", "add", "hollow", str(tmp_path / "empty"), expect=1).output
+    assert "hollow" in tunesmith("base", "list").output
+
+
+def test_an_alias_is_set_listed_called_and_deleted(tunesmith: Tunesmith) -> None:
+    tunesmith("alias", "set", "team/helper", ECHO)
+    assert "team/helper" in tunesmith("alias", "list").output
+    assert "team/helper" in tunesmith("models").output
+    assert "ping" in tunesmith("chat", "team/helper", "ping").output
+    tunesmith("alias", "delete", "team/helper")
+    assert "team/helper" not in tunesmith("alias", "list").output
+
+
+def test_nobody_there_is_said_in_words(tunesmith: Tunesmith) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shown = tunesmith("models", "--url", f"http://127.0.0.1:{port}/v1", expect=1).output
+    assert "tunesmith up" in shown
+
+
+def test_without_any_key_the_command_says_where_it_looked(tunesmith: Tunesmith, tmp_path: Path) -> None:
+    assert str(tmp_path) in tunesmith("models", "--key", "", expect=1).output.replace("\n", "")
+
+
+def test_a_wrong_path_in_the_url_is_explained(tunesmith: Tunesmith, service: tuple[str, str]) -> None:
+    assert "/v1" in tunesmith("models", "--url", service[0].removesuffix("/v1"), expect=1).output
