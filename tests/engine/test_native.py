@@ -134,5 +134,5 @@ async def test_a_crash_reaches_every_stream_and_is_seen_as_unhealthy(model_folde
 
 
 async def test_a_folder_without_a_model_fails_at_start(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"config\.json"):
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
         await native(tmp_path).start()
