@@ -19,7 +19,7 @@ from training.ray_run import fit
 from training.spec import TrainSpec
 from training.storage import Storage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]  # starts a Ray of its own, so not beside tests/cluster
 
 
 @pytest.fixture(scope="module")
