@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import httpx
+import httpx2
 import ray
 from ray import serve
 from rich.console import Console
@@ -205,9 +205,9 @@ def _await_ready(url: str, stop: threading.Event) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while not stop.is_set():
         try:
-            if httpx.get(url + "/readyz", timeout=5).status_code == 200:
+            if httpx2.get(url + "/readyz", timeout=5).status_code == 200:
                 return
-        except httpx.HTTPError:
+        except httpx2.HTTPError:
             pass  # the edge has no route yet
         if time.monotonic() > deadline:
             raise UpError(f"The gateway does not answer at {url}; see the logs of Ray in /tmp/ray/session_latest/logs.")

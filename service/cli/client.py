@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import typer
 from rich.console import Console
@@ -29,13 +29,13 @@ def connected(url: str, key: str) -> Iterator[openai.OpenAI]:
             yield client
     except openai.APITimeoutError:
         fail(f"Tunesmith at {url} did not answer in time.")
-    except (openai.APIConnectionError, httpx.ConnectError):
+    except (openai.APIConnectionError, httpx2.ConnectError):
         fail(f"No Tunesmith answers at {url}; start one with `tunesmith up`, or name it with --url.")
     except openai.AuthenticationError as error:
         fail(f"{message_of(error)} Give a key with --key or TUNESMITH_API_KEY.")
     except openai.APIError as error:
         fail(message_of(error))
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         fail(f"The connection to {url} broke: {error}")
 
 

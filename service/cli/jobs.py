@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 from openai.types.fine_tuning import FineTuningJob
 from rich.markup import escape
@@ -122,8 +122,8 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
 def follow(client: openai.OpenAI, job_id: str) -> Iterator[dict[str, Any]]:
     """A job's events from its first on, live, until it is over."""
     url = f"{client.base_url}fine_tuning/jobs/{job_id}/events?stream=true"
-    timeout = httpx.Timeout(30, read=60)  # keep-alives come more often than that
-    with httpx.stream("GET", url, headers={"Authorization": f"Bearer {client.api_key}"}, timeout=timeout) as response:
+    timeout = httpx2.Timeout(30, read=60)  # keep-alives come more often than that
+    with httpx2.stream("GET", url, headers={"Authorization": f"Bearer {client.api_key}"}, timeout=timeout) as response:
         if response.status_code != 200:
             response.read()
             fail(response.json()["error"]["message"])

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import pytest_asyncio
 import uvicorn
@@ -117,21 +117,21 @@ async def async_client(service_url: str, admin_key: str) -> AsyncIterator[AsyncO
 
 
 @pytest.fixture(scope="session")
-def http(service_url: str, admin_key: str) -> Iterator[httpx.Client]:
+def http(service_url: str, admin_key: str) -> Iterator[httpx2.Client]:
     """Plain HTTP with the admin key, for what the openai client has no method for or would not send."""
-    with httpx.Client(base_url=service_url, headers={"authorization": f"Bearer {admin_key}"}) as made:
+    with httpx2.Client(base_url=service_url, headers={"authorization": f"Bearer {admin_key}"}) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def anonymous(service_url: str) -> Iterator[httpx.Client]:
+def anonymous(service_url: str) -> Iterator[httpx2.Client]:
     """Plain HTTP without a key; also the connection pool of the clients below, which are many and short-lived."""
-    with httpx.Client(base_url=service_url) as made:
+    with httpx2.Client(base_url=service_url) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def new_client(service_url: str, http: httpx.Client, anonymous: httpx.Client) -> NewClient:
+def new_client(service_url: str, http: httpx2.Client, anonymous: httpx2.Client) -> NewClient:
     """Makes an openai client with a fresh key: of a fresh project unless one is named, with the given scopes."""
 
     def make(*scopes: str, project_id: str | None = None) -> OpenAI:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import httpx
+import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -29,7 +29,7 @@ PATHS = [
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Basic dXNlcg==", "Bearer sk-wrong", "Bearer a b"])
 def test_every_path_refuses_a_request_without_a_valid_key(
-    anonymous: httpx.Client, path: str, header: str | None
+    anonymous: httpx2.Client, path: str, header: str | None
 ) -> None:
     headers = {} if header is None else {"authorization": header}
     answer = anonymous.get(path, headers=headers)
@@ -53,7 +53,7 @@ async def test_the_async_client_raises_the_same_error(service_url: str) -> None:
     assert caught.value.code == "invalid_api_key"
 
 
-def test_health_answers_without_a_key(anonymous: httpx.Client, platform: Platform) -> None:
+def test_health_answers_without_a_key(anonymous: httpx2.Client, platform: Platform) -> None:
     assert anonymous.get("/healthz").status_code == 200
     waiting = anonymous.get("/readyz")
     assert waiting.status_code == 503
@@ -66,14 +66,14 @@ def test_health_answers_without_a_key(anonymous: httpx.Client, platform: Platfor
         leases.release(tx, "orchestrator", epoch)
 
 
-def test_metrics_are_prometheus_text(http: httpx.Client) -> None:
+def test_metrics_are_prometheus_text(http: httpx2.Client) -> None:
     http.get("/v1/models").raise_for_status()
     text = http.get("/metrics").raise_for_status().text
     assert 'route="/v1/models"' in text
     assert "tunesmith_jobs" in text
 
 
-def test_a_key_reaches_its_scopes_only(new_client: NewClient, anonymous: httpx.Client) -> None:
+def test_a_key_reaches_its_scopes_only(new_client: NewClient, anonymous: httpx2.Client) -> None:
     files = new_client("files")
     files.files.list()
     for call in (files.models.list, files.fine_tuning.jobs.list):
@@ -87,7 +87,7 @@ def test_a_key_reaches_its_scopes_only(new_client: NewClient, anonymous: httpx.C
     assert new_client("inference").models.list().data
 
 
-def test_only_administrators_manage_keys_and_bases(new_client: NewClient, anonymous: httpx.Client) -> None:
+def test_only_administrators_manage_keys_and_bases(new_client: NewClient, anonymous: httpx2.Client) -> None:
     headers = {"authorization": f"Bearer {new_client().api_key}"}
     for path in ("/v1/keys", "/v1/bases"):
         assert anonymous.get(path, headers=headers).status_code == 403
@@ -108,7 +108,7 @@ def test_projects_do_not_see_each_other(new_client: NewClient, platform: Platfor
     assert caught.value.param == "training_file"
 
 
-def test_secrets_stay_out_of_the_log(http: httpx.Client, admin_key: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_secrets_stay_out_of_the_log(http: httpx2.Client, admin_key: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="service"):
         made = http.post("/v1/keys", json={"name": "quiet"}).raise_for_status().json()
         http.get("/v1/models", headers={"authorization": f"Bearer {made['value']}"}).raise_for_status()

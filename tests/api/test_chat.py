@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from openai import OpenAI
@@ -42,8 +42,8 @@ def client(service: tuple[Platform, str, str]) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def http(service: tuple[Platform, str, str]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service[1], headers={"authorization": f"Bearer {service[2]}"}) as made:
+def http(service: tuple[Platform, str, str]) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=service[1], headers={"authorization": f"Bearer {service[2]}"}) as made:
         yield made
 
 
@@ -86,7 +86,7 @@ def test_the_stream_helper_assembles_two_choices(client: OpenAI) -> None:
     assert final.usage.completion_tokens % 2 == 0
 
 
-def test_the_wire_is_one_line_per_event_and_ends_with_done(http: httpx.Client) -> None:
+def test_the_wire_is_one_line_per_event_and_ends_with_done(http: httpx2.Client) -> None:
     body = {"model": ECHO, "messages": [{"role": "user", "content": 'é "\n\u2028\U0001f600'}], "stream": True, "n": 2}
     events = http.post("/chat/completions", json=body).text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
@@ -205,7 +205,7 @@ def test_what_is_not_honoured_is_refused_by_name(client: OpenAI, field: str, val
     ],
 )
 def test_a_wrong_request_is_a_400_that_names_the_field(
-    http: httpx.Client, body: dict[str, Any], code: str | None, param: str | None
+    http: httpx2.Client, body: dict[str, Any], code: str | None, param: str | None
 ) -> None:
     sent = json.dumps({"model": ECHO, "messages": HI, **body}).encode()
     answer = http.post("/chat/completions", content=sent)
@@ -216,7 +216,7 @@ def test_a_wrong_request_is_a_400_that_names_the_field(
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_a_body_that_is_no_json_object_is_a_400(http: httpx.Client, body: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_a_400(http: httpx2.Client, body: bytes) -> None:
     assert http.post("/chat/completions", content=body).status_code == 400
 
 

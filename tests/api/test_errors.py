@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from fastapi import FastAPI
@@ -24,7 +24,7 @@ JOBS = "/v1/fine_tuning/jobs"
 JSON = {"content-type": "application/json"}
 
 
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+def error_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
     """The error object, checked for the shape that clients read."""
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"error"}
@@ -36,7 +36,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-def test_an_unknown_route_is_a_404(client: OpenAI, http: httpx.Client) -> None:
+def test_an_unknown_route_is_a_404(client: OpenAI, http: httpx2.Client) -> None:
     assert error_of(http.get("/v1/nothing/here"), 404)["code"] == "unknown_url"
     with pytest.raises(openai.NotFoundError) as caught:
         client.post("/fine_tuning/none", cast_to=object)
@@ -55,7 +55,7 @@ def test_an_unknown_route_is_a_404(client: OpenAI, http: httpx.Client) -> None:
     ],
 )
 def test_a_wrong_method_is_a_405_that_says_which_are_right(
-    http: httpx.Client, method: str, path: str, allowed: str
+    http: httpx2.Client, method: str, path: str, allowed: str
 ) -> None:
     answer = http.request(method, path)
     assert error_of(answer, 405)["code"] == "method_not_allowed"
@@ -63,22 +63,22 @@ def test_a_wrong_method_is_a_405_that_says_which_are_right(
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"a":}', b"\xff\xfe{}", b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 100_000])
-def test_broken_json_is_a_400(http: httpx.Client, body: bytes) -> None:
+def test_broken_json_is_a_400(http: httpx2.Client, body: bytes) -> None:
     assert error_of(http.post(JOBS, content=body, headers=JSON), 400)["code"] in ("invalid_json", "invalid_body")
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"null", b'"x"', b"3"])
-def test_a_body_that_is_no_object_is_a_400(http: httpx.Client, body: bytes) -> None:
+def test_a_body_that_is_no_object_is_a_400(http: httpx2.Client, body: bytes) -> None:
     error = error_of(http.post(JOBS, content=body, headers=JSON), 400)
     assert "JSON object" in error["message"]
 
 
-def test_a_body_of_another_content_type_is_a_400(http: httpx.Client) -> None:
+def test_a_body_of_another_content_type_is_a_400(http: httpx2.Client) -> None:
     answer = http.post(JOBS, content=b"{}", headers={"content-type": "text/plain"})
     assert "Content-Type" in error_of(answer, 400)["message"]
 
 
-def test_a_body_over_the_limit_is_a_413(http: httpx.Client, client: OpenAI) -> None:
+def test_a_body_over_the_limit_is_a_413(http: httpx2.Client, client: OpenAI) -> None:
     too_long = b" " * (MAX_BODY_BYTES + 1)
     assert error_of(http.post(JOBS, content=too_long, headers=JSON), 413)["code"] == "request_too_large"
 
@@ -93,7 +93,7 @@ def test_a_body_over_the_limit_is_a_413(http: httpx.Client, client: OpenAI) -> N
     assert error_of(http.post(JOBS, content=too_long[:-1], headers=JSON), 400)
 
 
-def test_nul_in_a_url_is_a_400(http: httpx.Client) -> None:
+def test_nul_in_a_url_is_a_400(http: httpx2.Client) -> None:
     error_of(http.get("/v1/models/a%00b"), 400)
     error_of(http.get(f"{JOBS}?after=%00"), 400)
 
@@ -179,7 +179,7 @@ def test_a_missing_field_is_named(client: OpenAI, missing: str) -> None:
     assert (caught.value.param, caught.value.code) == (missing, "missing_required_parameter")
 
 
-def test_messages_say_what_was_expected(http: httpx.Client) -> None:
+def test_messages_say_what_was_expected(http: httpx2.Client) -> None:
     def message(change: dict[str, Any]) -> str:
         return error_of(http.post(JOBS, json={**VALID, **change}), 400)["message"]
 
@@ -191,13 +191,13 @@ def test_messages_say_what_was_expected(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=asc", "after=ftjob-none"])
-def test_a_bad_query_parameter_is_named(http: httpx.Client, query: str) -> None:
+def test_a_bad_query_parameter_is_named(http: httpx2.Client, query: str) -> None:
     answer = http.get(f"{JOBS}?{query}")
     assert answer.status_code in (400, 404)
     assert error_of(answer, answer.status_code)["param"] == query.split("=")[0]
 
 
-def test_answers_carry_a_request_id_and_openais_headers(http: httpx.Client, client: OpenAI) -> None:
+def test_answers_carry_a_request_id_and_openais_headers(http: httpx2.Client, client: OpenAI) -> None:
     own = http.get("/v1/models", headers={"x-request-id": "mine-1"}).headers
     assert own["x-request-id"] == "mine-1"
     assert own["openai-version"] == "2020-10-01"
@@ -207,7 +207,7 @@ def test_answers_carry_a_request_id_and_openais_headers(http: httpx.Client, clie
 
 
 @pytest.mark.parametrize("path", [JOBS, "/v1/models", "/v1/keys"])
-def test_a_trailing_slash_means_the_same(http: httpx.Client, path: str) -> None:
+def test_a_trailing_slash_means_the_same(http: httpx2.Client, path: str) -> None:
     assert http.get(path + "/").json()["object"] == http.get(path).json()["object"] == "list"
 
 
@@ -226,7 +226,7 @@ async def test_faults_of_our_own_are_a_500_without_details(platform: Platform, a
     install_error_handlers(app)
     install_middleware(app)
     headers = {"authorization": f"Bearer {admin_key}"}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://in.process") as inside:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://in.process") as inside:
         broken = await inside.get("/bug", headers=headers)
         assert error_of(broken, 500)["code"] == "server_error"
         assert "private" not in broken.text
@@ -255,7 +255,7 @@ BODIES: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("route", BODIES)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_body_whatever_makes_a_500(http: httpx.Client, route: str, data: st.DataObject) -> None:
+def test_no_body_whatever_makes_a_500(http: httpx2.Client, route: str, data: st.DataObject) -> None:
     method, path = route.split()
     body = data.draw(any_json | st.dictionaries(st.sampled_from(BODIES[route]), any_json))
     sent = json.dumps(body).encode()  # with NaN, Infinity and lone surrogates, which clients do send

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI, PermissionDeniedError
@@ -135,7 +135,7 @@ def test_expiry_is_counted_from_creation(project_client: OpenAI) -> None:
     assert caught.value.param == "expires_after[seconds]"
 
 
-def test_a_wrong_upload_names_the_parameter(project_client: OpenAI, http: httpx.Client) -> None:
+def test_a_wrong_upload_names_the_parameter(project_client: OpenAI, http: httpx2.Client) -> None:
     with pytest.raises(BadRequestError) as caught:
         project_client.files.create(file=GOOD, purpose="assistants")
     assert caught.value.param == "purpose"
@@ -147,7 +147,7 @@ def test_a_wrong_upload_names_the_parameter(project_client: OpenAI, http: httpx.
         project_client.files.create(file=GOOD, purpose="fine-tune", extra_body={"colour": "red"})
     assert (extra.value.param, extra.value.code) == ("colour", "unknown_parameter")
 
-    wrong: list[tuple[httpx.Response, str | None]] = [
+    wrong: list[tuple[httpx2.Response, str | None]] = [
         (http.post("/v1/files", data={"purpose": "fine-tune"}, files={"colour": b"red"}), "colour"),
         (http.post("/v1/files", files={"purpose": (None, "fine-tune")}), "file"),
         (http.post("/v1/files", files={"file": GOOD}), "purpose"),

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -288,7 +288,7 @@ def read_stream(lines: Any) -> tuple[list[dict[str, Any]], bool]:
 
 
 def test_events_are_streamed_from_the_start_until_the_job_is_over(
-    project_client: OpenAI, http: httpx.Client, platform: Platform, training_file: str
+    project_client: OpenAI, http: httpx2.Client, platform: Platform, training_file: str
 ) -> None:
     job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
     path = f"/v1/fine_tuning/jobs/{job.id}/events"
@@ -329,7 +329,7 @@ class _Finished(logging.Handler):
 
 
 def test_a_client_that_leaves_ends_its_stream(
-    project_client: OpenAI, http: httpx.Client, training_file: str, caplog: pytest.LogCaptureFixture
+    project_client: OpenAI, http: httpx2.Client, training_file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
     path = f"/v1/fine_tuning/jobs/{job.id}/events"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -10,7 +10,7 @@ from service.platform import Platform
 from tests.api.conftest import NewClient
 
 
-def test_a_secret_is_shown_once(http: httpx.Client, platform: Platform) -> None:
+def test_a_secret_is_shown_once(http: httpx2.Client, platform: Platform) -> None:
     made = http.post("/v1/keys", json={"name": "once"}).raise_for_status().json()
     listed = http.get("/v1/keys", params={"limit": 100}).raise_for_status()
     assert made["id"] in [key["id"] for key in listed.json()["data"]]
@@ -20,7 +20,7 @@ def test_a_secret_is_shown_once(http: httpx.Client, platform: Platform) -> None:
     assert set(made["scopes"]) == {"files", "jobs", "models", "inference"}
 
 
-def test_a_revoked_key_fails_from_the_next_request_on(new_client: NewClient, http: httpx.Client) -> None:
+def test_a_revoked_key_fails_from_the_next_request_on(new_client: NewClient, http: httpx2.Client) -> None:
     client = new_client(project_id="proj-default")
     newest = http.get("/v1/keys", params={"limit": 1}).json()["data"][0]
     client.models.list()
@@ -31,7 +31,7 @@ def test_a_revoked_key_fails_from_the_next_request_on(new_client: NewClient, htt
     assert http.delete(f"/v1/keys/{newest['id']}").status_code == 404
 
 
-def test_the_admin_key_file_cannot_be_revoked(http: httpx.Client) -> None:
+def test_the_admin_key_file_cannot_be_revoked(http: httpx2.Client) -> None:
     keys = http.get("/v1/keys", params={"limit": 100}).json()["data"]
     (admin,) = [key for key in keys if key["scopes"] == ["admin"] and key["created_by"] is None]
     answer = http.delete(f"/v1/keys/{admin['id']}")
@@ -39,7 +39,7 @@ def test_the_admin_key_file_cannot_be_revoked(http: httpx.Client) -> None:
     assert "file" in answer.json()["error"]["message"]
 
 
-def test_the_use_of_a_key_is_noted_at_most_once_a_minute(new_client: NewClient, http: httpx.Client) -> None:
+def test_the_use_of_a_key_is_noted_at_most_once_a_minute(new_client: NewClient, http: httpx2.Client) -> None:
     client = new_client()
     query = {"project_id": client.project or ""}
 
@@ -55,7 +55,9 @@ def test_the_use_of_a_key_is_noted_at_most_once_a_minute(new_client: NewClient, 
     assert last_used_at() == first
 
 
-def test_keys_of_another_project_are_listed_and_revoked_by_naming_it(new_client: NewClient, http: httpx.Client) -> None:
+def test_keys_of_another_project_are_listed_and_revoked_by_naming_it(
+    new_client: NewClient, http: httpx2.Client
+) -> None:
     query = {"project_id": new_client().project or ""}
     (key,) = http.get("/v1/keys", params=query).json()["data"]
     assert http.delete(f"/v1/keys/{key['id']}").status_code == 404
@@ -75,7 +77,7 @@ def test_keys_of_another_project_are_listed_and_revoked_by_naming_it(new_client:
         ({"name": "x", "expires": 3}, "expires", "unknown_parameter"),
     ],
 )
-def test_a_bad_key_request_names_the_field(http: httpx.Client, body: object, param: str, code: str) -> None:
+def test_a_bad_key_request_names_the_field(http: httpx2.Client, body: object, param: str, code: str) -> None:
     answer = http.post("/v1/keys", json=body)
     assert answer.status_code == 400
     assert (answer.json()["error"]["param"], answer.json()["error"]["code"]) == (param, code)

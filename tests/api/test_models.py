@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -111,7 +111,7 @@ async def test_the_async_client_lists_and_retrieves(async_client: AsyncOpenAI) -
     assert (await async_client.models.retrieve(SLASHED_BASE)).id == SLASHED_BASE
 
 
-def test_a_base_is_registered_imported_later_and_removed(http: httpx.Client, client: OpenAI) -> None:
+def test_a_base_is_registered_imported_later_and_removed(http: httpx2.Client, client: OpenAI) -> None:
     body = {"id": "org/new-base", "source": "org/name", "revision": "main"}
     made = http.post("/v1/bases", json=body).raise_for_status().json()
     assert (made["id"], made["status"]) == ("org/new-base", "preparing")
@@ -125,13 +125,13 @@ def test_a_base_is_registered_imported_later_and_removed(http: httpx.Client, cli
 
 
 @pytest.mark.parametrize("base_id", ["", "a:b", "/a", "a/", "a//b", "../a", "-a", "ä", "a b", "x" * 65])
-def test_a_bad_base_id_is_refused(http: httpx.Client, base_id: str) -> None:
+def test_a_bad_base_id_is_refused(http: httpx2.Client, base_id: str) -> None:
     answer = http.post("/v1/bases", json={"id": base_id, "source": "x"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")
 
 
 def test_a_base_that_is_needed_is_not_removed(
-    http: httpx.Client, platform: Platform, project_client: OpenAI, client: OpenAI
+    http: httpx2.Client, platform: Platform, project_client: OpenAI, client: OpenAI
 ) -> None:
     job = project_client.fine_tuning.jobs.create(model=SLASHED_BASE, training_file=upload(project_client, platform))
     assert http.delete(f"/v1/bases/{SLASHED_BASE}").status_code == 400

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 from openai import OpenAI
 
 from service.settings import Settings
@@ -79,9 +79,9 @@ def _up(home: Path, figures: dict[str, float]) -> Iterator[OpenAI]:
 def _await_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     while process.poll() is None:
         try:
-            if httpx.get(url + "/readyz", timeout=2).status_code == 200:
+            if httpx2.get(url + "/readyz", timeout=2).status_code == 200:
                 return
-        except httpx.HTTPError:
+        except httpx2.HTTPError:
             pass
         time.sleep(0.05)
     raise RuntimeError(f"`tunesmith up` ended with {process.returncode}")
@@ -165,7 +165,7 @@ def _follow(client: OpenAI, job_id: str) -> dict[int, float]:
     seen: dict[int, float] = {}
     headers = {"Authorization": f"Bearer {client.api_key}"}
     url = f"{client.base_url}fine_tuning/jobs/{job_id}/events?stream=true"
-    with httpx.stream("GET", url, headers=headers, timeout=None) as response:
+    with httpx2.stream("GET", url, headers=headers, timeout=None) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from openai import OpenAI
 
@@ -36,8 +36,8 @@ def test_a_request_after_the_death_of_its_replica_is_answered(client: OpenAI) ->
 
 def _answers(client: OpenAI) -> bool:
     try:
-        return httpx.get(str(client.base_url).removesuffix("/v1/") + "/healthz", timeout=5).status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(str(client.base_url).removesuffix("/v1/") + "/healthz", timeout=5).status_code == 200
+    except httpx2.HTTPError:
         return False
 
 

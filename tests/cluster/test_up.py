@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 from openai import OpenAI
@@ -60,8 +60,8 @@ class Up:
     def is_ready(self) -> bool:
         """Whether the edge and a gateway behind it answer."""
         try:
-            return httpx.get(self.url.removesuffix("/v1") + "/readyz", timeout=5).status_code == 200
-        except httpx.HTTPError:
+            return httpx2.get(self.url.removesuffix("/v1") + "/readyz", timeout=5).status_code == 200
+        except httpx2.HTTPError:
             return False
 
     def end(self, number: signal.Signals) -> None:
@@ -170,8 +170,8 @@ def test_on_a_joined_cluster_it_touches_only_its_own(tmp_path: Path, cluster: Cl
         assert up.url.startswith(f"{other}tunesmith-"), "the route of the other app must stay free"
         add_base(up.client, "stories", str(MODELS / "stories260K"))
         assert up.client.completions.create(model="stories", prompt="Once", max_tokens=4).choices[0].text
-        assert httpx.get(other).text == "other"
-    assert httpx.get(other).text == "other"
+        assert httpx2.get(other).text == "other"
+    assert httpx2.get(other).text == "other"
     assert not up.is_ready()
 
 
