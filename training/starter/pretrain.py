@@ -26,7 +26,7 @@ VECTOR_RATE = 8e-3
 WARMUP_STEPS = 15
 DECAY_SHARE = 0.5  # the last part of the steps, over which the rate falls to nearly zero
 WEIGHT_DECAY = 0.05
-OTHER_WEIGHT = 0.2  # loss weight of what users and system messages say, against 1 for speech
+OTHER_WEIGHT = 0.1  # loss weight of what users and system messages say, against 1 for speech
 NUM_REPORTS = 40
 
 
