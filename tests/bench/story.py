@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.store import metrics
 from service.store.database import Database
 from tests.bench import streams
+from tests.shared import TUNESMITH
 
 GOALS = {
     "import_app_s": "without torch",
@@ -66,7 +67,7 @@ def _up(home: Path, figures: dict[str, float]) -> Iterator[OpenAI]:
     port = free_port()
     environment = os.environ | {"TUNESMITH_HOME": str(home), "TUNESMITH_PORT": str(port)}
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "service.cli", "up"], env=environment)
+    process = subprocess.Popen([TUNESMITH, "up"], env=environment)
     try:
         _await_ready(f"http://127.0.0.1:{port}", process)
         figures["gateway_ready_s"] = time.perf_counter() - started

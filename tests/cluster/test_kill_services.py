@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from tests.cluster.conftest import await_job, await_value
 from tests.cluster.curves import create_job, last_step, losses
@@ -42,16 +42,13 @@ def _answers(client: OpenAI) -> bool:
 
 
 def test_a_stream_cut_by_a_killed_engine_ends_with_a_clear_error(client: OpenAI, service: Any) -> None:
-    from openai import APIError
-
     stream = client.chat.completions.create(
         model="bot", messages=[{"role": "user", "content": "Tell me more."}], stream=True, max_tokens=200, n=8
     )
     next(iter(stream))
     assert kill("ray::ServeReplica:" + _engine_app(service))
-    with pytest.raises(APIError) as error:
+    with pytest.raises(APIError, match="send the request again"):
         list(stream)
-    assert "engine" in str(error.value).lower() or "retry" in str(error.value).lower()
 
 
 def _engine_app(service: Any) -> str:

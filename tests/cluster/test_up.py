@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from tests.cluster.conftest import add_base, await_job, await_value, free_port
 from tests.cluster.curves import create_job, last_step, losses
-from tests.shared import MODELS
+from tests.shared import MODELS, TUNESMITH
 
 pytestmark = pytest.mark.long
 
@@ -41,7 +41,7 @@ class Up:
         self.home = home
         self.log = (home.parent / "up.log").open("a+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", "up"],
+            [TUNESMITH, "up"],
             env=os.environ | ENVIRONMENT | variables | environment,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -113,7 +113,7 @@ def test_a_second_up_on_the_same_home_says_so_and_stops(tmp_path: Path) -> None:
     home = tmp_path / "home"
     with running(home) as up:
         second = subprocess.run(
-            [sys.executable, "-m", "service.cli", "up"],
+            [TUNESMITH, "up"],
             env=os.environ | {"TUNESMITH_HOME": str(home)},
             capture_output=True,
             text=True,
@@ -131,7 +131,7 @@ def test_haproxy_and_its_orphan(tmp_path: Path) -> None:
         up.process.kill()
         up.process.wait()
     with running(home, TUNESMITH_USE_HAPROXY="true") as up:
-        pids = [int(pid) for pid in (home / "haproxy.pid").read_text().split()]
+        pids = json.loads((home / "haproxy.json").read_text())["pids"]
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -153,6 +153,20 @@ serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 serve.run(Other.bind(), name="other", route_prefix="/")
 """
 
+LEFT_BEHIND = """
+import json, ray, sys
+from ray import serve
+from ray.util import list_named_actors
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+actors = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+print(json.dumps({"apps": list(serve.status().applications), "actors": actors}))
+"""
+
+
+def _instance_id(up: Up) -> str:
+    return up.url.split("tunesmith-")[1].split("/")[0]
+
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
@@ -171,14 +185,17 @@ def test_on_a_joined_cluster_it_touches_only_its_own(tmp_path: Path, cluster: Cl
         add_base(up.client, "stories", str(MODELS / "stories260K"))
         assert up.client.completions.create(model="stories", prompt="Once", max_tokens=4).choices[0].text
         assert httpx2.get(other).text == "other"
+        name = f"tunesmith-{_instance_id(up)}"
+    left = json.loads(subprocess.check_output([sys.executable, "-c", LEFT_BEHIND, cluster.address], timeout=60))
+    assert left["apps"] == ["other"]
+    assert not [actor for actor in left["actors"] if name in actor]
     assert httpx2.get(other).text == "other"
-    assert not up.is_ready()
 
 
 def test_a_second_node_is_refused_while_state_lies_on_one_disk(tmp_path: Path, cluster: Cluster) -> None:
     cluster.add_node(num_cpus=1)
     refused = subprocess.run(
-        [sys.executable, "-m", "service.cli", "up"],
+        [TUNESMITH, "up"],
         env=os.environ | {"TUNESMITH_HOME": str(tmp_path / "home"), "RAY_ADDRESS": cluster.address},
         capture_output=True,
         text=True,
