@@ -1,7 +1,8 @@
 """The peer of the gateway benchmark: the least FastAPI gateway on Ray Serve with the same two hops. No keys, no
-metrics, no checks: one token per message from the engine deployment, one SSE event per message."""
+metrics, no checks: one token per message from the engine deployment, one SSE event per message.
 
-from __future__ import annotations
+Annotations are real here, not postponed: FastAPI resolves those of a Serve ingress class in another process.
+"""
 
 import asyncio
 import json

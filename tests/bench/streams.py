@@ -39,13 +39,13 @@ class Result:
 def measure(load: Load) -> Result:
     """Run the load in a fresh process and wait for it."""
     command = [sys.executable, "-m", "tests.bench.streams", json.dumps(asdict(load))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
 async def _stream(session: aiohttp.ClientSession, load: Load) -> tuple[int, float]:
     """One stream: tokens by the server's own usage count, and the time to its first text."""
-    prompt = " ".join(f"w{i}" for i in range(load.num_tokens))
+    prompt = " ".join(["a"] * load.num_tokens)  # one token a word, so that it fits a small context
     body = {
         "model": load.model,
         "messages": [{"role": "user", "content": prompt}],
