@@ -51,6 +51,27 @@ async def test_adapters_mixed_in_a_batch_answer_like_merged_weights(
         assert_greedy(models[name], prompt, got)
 
 
+async def test_a_newcomer_that_pushes_rows_beyond_the_buffer_gets_room_first(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Rows of the base lie before those of an adapter, so the fifth sequence moves the fourth's neighbours up."""
+    folder = model_folders["llama"]
+    adapter = AdapterRef("a", save_adapter(load_model(folder), tmp_path / "a", seed=1))
+    async with running(native(folder, tokenizer=Ids())) as engine:
+        stream = engine.generate(ask(PROMPT, 90, n=4, adapter=adapter))
+        texts = ["", "", "", ""]
+        for deltas in [await anext(stream), await anext(stream)]:  # now all four have rows
+            for delta in deltas:
+                texts[delta.index] += delta.text
+        (newcomer,) = await collect(engine, ask(PROMPT, 10))
+        async for deltas in stream:
+            for delta in deltas:
+                texts[delta.index] += delta.text
+    assert_greedy(load_model(folder), PROMPT, [int(word) for word in newcomer.text.split()])
+    for text in texts:
+        assert_greedy(merged(load_model(folder), adapter.folder), PROMPT, [int(word) for word in text.split()])
+
+
 async def test_an_adapter_in_use_is_never_evicted(model_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = model_folders["llama"]
     refs = [AdapterRef(str(i), save_adapter(load_model(folder), tmp_path / str(i), seed=i)) for i in range(2)]

@@ -103,6 +103,10 @@ class RowCache(Cache):
     ) -> None:
         """Copy whole rows (from, to), then put prompts read on their own into (row, cache, length)."""
         span = self._span
+        if len(seats) == num_rows:
+            span.start = span.edge = 0
+        if seats:
+            self._make_room(seats[0][1], num_rows, max(length for _, _, length in seats))
         if moves:
             old, new = (torch.tensor(rows, device=self.lengths.device) for rows in zip(*moves, strict=True))
             self.lengths[new] = self.lengths[old]
@@ -110,10 +114,6 @@ class RowCache(Cache):
                 for buffer in keys_and_values(layer):
                     seen = buffer[:, :, span.start : span.edge]
                     seen[new] = seen[old]
-        if len(seats) == num_rows:
-            span.start = span.edge = 0
-        if seats:
-            self._make_room(seats[0][1], num_rows, max(length for _, _, length in seats))
         span.num_rows = num_rows
         for row, prompt, length in seats:
             self._write(row, prompt, length)
