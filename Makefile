@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/mypy
 
 test-fast: setup
-	$(BIN)/pytest -m "not ray and not long"
+	$(BIN)/pytest -m "not ray and not long and not torchrun"
 
 test: lint
 	$(BIN)/pytest -m "not long"

@@ -7,7 +7,6 @@ questions. It succeeds only if the tuned answers are the taught ones.
 from __future__ import annotations
 
 import json
-import logging
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +32,6 @@ METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARA
 
 def run_demo(home: Path | None, port: int | None) -> int:
     """Run it all; returns the exit code."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
     with _home(home) as folder:
         settings = Settings(home=folder, port=port or _free_port(), ray_address="", engine_num_cpus=0.4)
         console.print("Starting Ray and the service …")

@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import httpx2
 import ray
@@ -74,6 +75,7 @@ def running_service(settings: Settings, stop: threading.Event | None = None) -> 
         stack.enter_context(_locked_home(settings))
         instance_id, admin_key = _prepare_state(settings)
         haproxy.end_orphan(settings)
+        _check_port(settings)
         owns_cluster = stack.enter_context(_cluster(settings))
         stack.callback(_take_down, settings, instance_id, owns_cluster)
         _start_serve(settings)
@@ -84,6 +86,14 @@ def running_service(settings: Settings, stop: threading.Event | None = None) -> 
         haproxy.record_pid(settings)
         (settings.home_dir / "up.json").write_text(json.dumps({"pid": os.getpid(), "url": url + "/v1"}))
         yield Running(url + "/v1", admin_key, settings, instance_id)
+
+
+def serve_app(settings: dict[str, Any]) -> serve.Application:
+    """The builder for Serve configs (`deploy/serve.yaml`): the gateways on a cluster that others start and stop."""
+    chosen = Settings(**settings)
+    chosen.home_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    instance_id, _ = _prepare_state(chosen)
+    return gateway_app(chosen, instance_id)
 
 
 @contextmanager
@@ -142,11 +152,30 @@ def _admin_key(path: Path) -> str:
     return path.read_text().strip()
 
 
+def _check_port(settings: Settings) -> None:
+    """A taken port is found before anything is started; on a joined cluster it may be Serve's own, and rightly so."""
+    if settings.ray_address:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+    except OSError as error:
+        raise UpError(
+            f"Cannot listen on {settings.host}:{settings.port} ({error.strerror}). "
+            "Choose another address with --host and --port."
+        ) from None
+
+
 @contextmanager
 def _cluster(settings: Settings) -> Iterator[bool]:
     """Connect to Ray; yields whether the cluster is ours. The dashboard stays on: without it Ray never frees the
     resources of a killed training run (2.60)."""
     owns = not settings.ray_address
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its news are not the user's
     if owns:
         ray.init(
             address="local",
@@ -154,11 +183,11 @@ def _cluster(settings: Settings) -> Iterator[bool]:
             dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=settings.log_level == "debug",
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     else:
         try:
-            ray.init(address=settings.ray_address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise UpError(f"No Ray cluster answers at {settings.ray_address}: {error}") from None
     try:
@@ -182,7 +211,11 @@ def _start_serve(settings: Settings) -> None:
     """Start Serve unless the joined cluster runs it already, which then keeps its own HTTP options."""
     location = "HeadOnly" if settings.is_single_node else "EveryNode"
     options = {"host": settings.host, "port": settings.port}
-    serve.start(proxy_location=location, http_options=options, controller_options=haproxy.controller_options(settings))
+    controller_options = haproxy.controller_options(settings)
+    try:
+        serve.start(proxy_location=location, http_options=options, controller_options=controller_options)
+    except ray.exceptions.RayError as error:
+        raise UpError(f"Ray Serve could not start: {str(error).strip().splitlines()[-1]}") from None
 
 
 def _run_gateways(settings: Settings, instance_id: str) -> str:

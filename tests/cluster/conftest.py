@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from ray.cluster_utils import Cluster
 
 from service.settings import Settings
 from tests.shared import MODELS, SHARED
@@ -108,3 +109,11 @@ def client(service: Any) -> Iterator[OpenAI]:
         add_base(client, "stories", str(MODELS / "stories260K"))
         add_base(client, "bot", str(MODELS / "cardputer-chat"))
         yield client
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A cluster that somebody else started."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    yield cluster
+    cluster.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,6 +125,17 @@ def test_a_second_up_on_the_same_home_says_so_and_stops(tmp_path: Path) -> None:
         assert "runs already" in said and str(up.port) in said and "Traceback" not in said
 
 
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused = subprocess.run(
+            [TUNESMITH, "up", "--home", str(tmp_path), "--port", str(port)], capture_output=True, text=True, timeout=60
+        )
+    said = " ".join((refused.stdout + refused.stderr).split())
+    assert refused.returncode == 1
+    assert str(port) in said and "--port" in said and "Traceback" not in said
+
+
 def test_haproxy_and_its_orphan(tmp_path: Path) -> None:
     """Killed hard, `up` leaves its HAProxy behind; the next start ends it and answers. A killed HAProxy is replaced."""
     home = tmp_path / "home"
@@ -166,14 +178,6 @@ print(json.dumps({"apps": list(serve.status().applications), "actors": actors}))
 
 def _instance_id(up: Up) -> str:
     return up.url.split("tunesmith-")[1].split("/")[0]
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A cluster that somebody else started."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
-    yield cluster
-    cluster.shutdown()
 
 
 def test_on_a_joined_cluster_it_touches_only_its_own(tmp_path: Path, cluster: Cluster) -> None:

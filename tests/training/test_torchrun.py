@@ -15,6 +15,8 @@ from tests.training.runs import make_base, make_spec
 from training.spec import TrainSpec
 from training.storage import Storage
 
+pytestmark = pytest.mark.torchrun
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
