@@ -62,7 +62,7 @@ def tunesmith(service: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("TUNESMITH_URL", url),
         ("TUNESMITH_API_KEY", secret),
         ("TUNESMITH_HOME", str(tmp_path)),
-        ("COLUMNS", "240"),
+        ("COLUMNS", "80"),
     ):
         monkeypatch.setenv(name, value)
 
@@ -127,8 +127,8 @@ def test_train_with_wait_follows_the_job_to_its_model(
     assert job.fine_tuned_model is not None
     assert f"tunesmith chat {job.fine_tuned_model}" in shown
     assert (job.model_extra or {})["adapter"]["rank"] == 4
-    assert job.fine_tuned_model in tunesmith("models").output
-    assert job.id in tunesmith("jobs").output
+    assert job.fine_tuned_model in tunesmith("models").output  # whole, however narrow the terminal is
+    assert f"{job.id}  succeeded  {base}  {job.fine_tuned_model}" in tunesmith("jobs").output
     details = tunesmith("jobs", job.id).output
     assert "succeeded" in details
     assert "New fine-tuned model created" in details

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.cli.client import console, errors, fail, get, post
-from service.cli.registry import table, when
+from service.cli.registry import show, table, when
 
 VALIDATION_POLL_S = 0.3
 NUM_FAULTS_SHOWN = 10
@@ -137,9 +137,7 @@ def show_all(client: openai.OpenAI) -> None:
     shown = table("id", "status", "base", "model", "made")
     for job in client.fine_tuning.jobs.list(limit=20).data:
         shown.add_row(job.id, job.status, escape(job.model), escape(job.fine_tuned_model or "–"), when(job.created_at))
-    console.print(
-        shown if shown.row_count else "No jobs yet: `tunesmith train data.jsonl --base-model NAME` makes one."
-    )
+    show(shown, "No jobs yet: `tunesmith train data.jsonl --base-model NAME` makes one.")
 
 
 def show_one(client: openai.OpenAI, job_id: str) -> int:

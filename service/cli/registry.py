@@ -7,20 +7,30 @@ from typing import Any
 from urllib.parse import quote
 
 import openai
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from service.cli.client import console, errors, get, listed, post
 
 POLL_S = 0.5
+WIDEST = 1000  # columns that a table may take
 
 
 def table(*columns: str) -> Table:
-    """A table in the house's style; ids are never cut."""
+    """A table in the house's style."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, no_wrap=column in ("id", "name", "model"), overflow="fold")
+        made.add_column(column, no_wrap=True)
     return made
+
+
+def show(shown: Table, if_empty: str) -> None:
+    """Print a table as wide as it is: a cut id could not be copied. The terminal wraps what does not fit."""
+    if not shown.row_count:
+        console.print(if_empty)
+        return
+    Console(width=max(console.width, WIDEST), highlight=False).print(shown)
 
 
 def when(seconds: float | None) -> str:
@@ -37,7 +47,7 @@ def show_models(client: openai.OpenAI) -> None:
         kind = "checkpoint" if extra.get("is_checkpoint") else str(extra.get("kind", "–"))
         parent = extra.get("root") if kind == "alias" else extra.get("parent")
         shown.add_row(escape(model.id), kind, escape(str(parent or "–")), context, when(model.created))
-    console.print(shown if shown.row_count else "No models yet: `tunesmith base add starter starter` makes one.")
+    show(shown, "No models yet: `tunesmith base add starter starter` makes one.")
 
 
 def create_key(client: openai.OpenAI, name: str, scopes: list[str]) -> None:
@@ -57,7 +67,7 @@ def list_keys(client: openai.OpenAI) -> None:
         scopes = ", ".join(key["scopes"])
         times = when(key["created_at"]), when(key["last_used_at"])
         shown.add_row(key["id"], escape(key["name"]), scopes, escape(key["redacted_value"]), *times)
-    console.print(shown)
+    show(shown, "No keys.")
 
 
 def revoke_key(client: openai.OpenAI, key_id: str) -> None:
@@ -96,7 +106,7 @@ def list_bases(client: openai.OpenAI) -> None:
         source = base["source"] + (f"@{base['revision']}" if base["revision"] else "")
         status = base["status"] + (f": {base['status_details']}" if base["status_details"] else "")
         shown.add_row(escape(base["id"]), escape(status), num, str(base["max_context"] or "–"), escape(source))
-    console.print(shown if shown.row_count else "No bases yet: `tunesmith base add starter starter` makes one.")
+    show(shown, "No bases yet: `tunesmith base add starter starter` makes one.")
 
 
 def set_alias(client: openai.OpenAI, name: str, model: str) -> None:
@@ -111,7 +121,7 @@ def list_aliases(client: openai.OpenAI) -> None:
     shown = table("name", "model", "revision", "moved")
     for alias in get(client, "/aliases")["data"]:
         shown.add_row(escape(alias["id"]), escape(alias["model"]), str(alias["revision"]), when(alias["created_at"]))
-    console.print(shown if shown.row_count else "No aliases.")
+    show(shown, "No aliases.")
 
 
 def delete_alias(client: openai.OpenAI, name: str) -> None:
