@@ -55,13 +55,8 @@ def gateway_app(settings: Settings, instance_id: str) -> serve.Application:
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
-        ray_actor_options={"num_cpus": settings.gateway_num_cpus, "resources": pin(settings)},
+        ray_actor_options={"num_cpus": settings.gateway_num_cpus, "resources": settings.pin_resources},
     ).bind(settings.model_dump(), instance_id)
-
-
-def pin(settings: Settings) -> dict[str, float]:
-    """Ray resources that keep a process beside its state: on the head node while that lies on a local disk."""
-    return {"node:__internal_head__": 0.001} if settings.is_single_node else {}
 
 
 class Gateway:

@@ -97,6 +97,11 @@ class Settings(BaseSettings):
         """Whether state lies on this machine's disk, so that every process must run here."""
         return self.resolved_database_url.startswith("sqlite") or "://" not in self.resolved_storage_url
 
+    @property
+    def pin_resources(self) -> dict[str, float]:
+        """Ray resources that keep a process beside its state: on the head node while that lies on a local disk."""
+        return {"node:__internal_head__": 0.001} if self.is_single_node else {}
+
     def parsed_bases(self) -> list[tuple[str, str, str | None]]:
         """`bases` as (id, source, revision); ValueError names the entry that is not of the form."""
         found = []

@@ -37,7 +37,7 @@ class OrchestratorActor:
         self._stop = threading.Event()
         self._db = Database(settings.resolved_database_url)
         self._launcher = RayLauncher(settings, instance_id)
-        self._runner = RayTaskRunner(settings, run_actor.pin_resources(settings))
+        self._runner = RayTaskRunner(settings, settings.pin_resources)
         self._fleet = RayFleet(settings, instance_id, self._db)
         self._orchestrator = self._build()
         threading.Thread(target=self._work, name="ticks", daemon=True).start()
@@ -94,7 +94,7 @@ def ensure_orchestrator(settings: Settings, instance_id: str) -> ActorHandle:
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 16,
-        "resources": run_actor.pin_resources(settings),
+        "resources": settings.pin_resources,
     }
     actor: ActorHandle = ray.remote(OrchestratorActor).options(**options).remote(settings, instance_id)  # type: ignore[assignment]
     return actor

@@ -79,7 +79,7 @@ class RunDriverActor:
                 num_cpus_per_worker=settings.train_num_cpus,
                 num_gpus_per_worker=settings.train_num_gpus,
                 num_threads=settings.train_num_threads,
-                pin_resources=pin_resources(settings),
+                pin_resources=settings.pin_resources,
                 run_name=recorder.run_id,
                 local_dir=str(local_dir),
             )
@@ -100,11 +100,6 @@ def _hub_client(instance_id: str) -> HubClient:
     return hub_client(instance_id)
 
 
-def pin_resources(settings: Settings) -> dict[str, float]:
-    """State on this machine's disk keeps every process that touches it on the head node."""
-    return {"node:__internal_head__": 0.001} if settings.is_single_node else {}
-
-
 def create(settings: Settings, instance_id: str, run_id: str) -> Any:
     """Start a run's driver; returns at once, the driver begins by itself."""
     options = {
@@ -114,7 +109,7 @@ def create(settings: Settings, instance_id: str, run_id: str) -> Any:
         "num_cpus": 0,
         "max_restarts": 0,
         "max_concurrency": 16,
-        "resources": pin_resources(settings),
+        "resources": settings.pin_resources,
     }
     return ray.remote(RunDriverActor).options(**options).remote(settings, instance_id, run_id)
 

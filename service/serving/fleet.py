@@ -176,7 +176,6 @@ def engine_app(settings: Settings, instance_id: str, app: App) -> serve.Applicat
 
     from service.serving.replica import AppRoot, EngineReplica
 
-    pin = {"node:__internal_head__": 0.001} if settings.is_single_node else {}
     engine = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]
         name=ENGINE_DEPLOYMENT,
         # The engine's own bounded queue says when it is full (429); Serve's bound is only there not to be met first.
@@ -189,13 +188,13 @@ def engine_app(settings: Settings, instance_id: str, app: App) -> serve.Applicat
         ray_actor_options={
             "num_cpus": settings.engine_num_cpus,
             "num_gpus": settings.engine_num_gpus,
-            "resources": pin,
+            "resources": settings.pin_resources,
         },
         **_scaling(settings, app),
     )
     root = serve.deployment(AppRoot).options(  # type: ignore[attr-defined]
         name=ROOT_DEPLOYMENT,
-        ray_actor_options={"num_cpus": 0, "resources": pin},
+        ray_actor_options={"num_cpus": 0, "resources": settings.pin_resources},
         autoscaling_config={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1},
         graceful_shutdown_timeout_s=1,
     )
