@@ -5,23 +5,27 @@ from __future__ import annotations
 from service.engine.protocol import GenerateRequest, QueueFull
 
 
+class UnfitRequest(ValueError):
+    """A request that this engine can never answer, whatever else it does; the message says why."""
+
+
 class EngineFailed(RuntimeError):
     """The engine stopped or broke down; the cause says why. Every open stream gets it, so does a new request."""
 
 
 def check_request(request: GenerateRequest, *, max_context: int, vocab_size: int | None) -> None:
-    """ValueError when this engine cannot answer the request; one bad request must not reach a batch."""
+    """UnfitRequest when this engine cannot answer the request; one bad request must not reach a batch."""
     prompt = request.prompt_token_ids
     if not prompt:
-        raise ValueError("the prompt has no tokens")
+        raise UnfitRequest("the prompt has no tokens")
     if len(prompt) >= max_context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; this model's context is {max_context}")
+        raise UnfitRequest(f"the prompt has {len(prompt)} tokens; this model's context is {max_context}")
     if vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise ValueError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
+        raise UnfitRequest(f"the prompt has a token id outside the vocabulary of {vocab_size}")
     if request.n < 1:
-        raise ValueError("n must be at least 1")
+        raise UnfitRequest("n must be at least 1")
     if request.sampling.max_tokens < 1:
-        raise ValueError("max_tokens must be at least 1")
+        raise UnfitRequest("max_tokens must be at least 1")
 
 
 class Places:
@@ -32,9 +36,9 @@ class Places:
         self.num_held = 0
 
     def take(self, num_sequences: int) -> None:
-        """QueueFull when they do not all fit; ValueError when they never would."""
+        """QueueFull when they do not all fit; UnfitRequest when they never would."""
         if num_sequences > self.max_held:
-            raise ValueError(f"n={num_sequences} is more than the {self.max_held} sequences that this engine holds")
+            raise UnfitRequest(f"n={num_sequences} is more than the {self.max_held} sequences that this engine holds")
         if self.num_held + num_sequences > self.max_held:
             raise QueueFull(f"the engine already holds {self.num_held} sequences of at most {self.max_held}")
         self.num_held += num_sequences

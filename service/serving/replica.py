@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol, cast
 
-from service.engine.admission import EngineFailed
+from service.engine.admission import EngineFailed, UnfitRequest
 from service.engine.echo import EchoEngine
 from service.engine.protocol import (
     AdapterMismatch,
@@ -243,7 +243,7 @@ def _render(renderer: Renderer, request: ServeRequest) -> tuple[int, ...]:
         return tuple(renderer.encode_prompt(messages))
     if isinstance(prompt, TextPrompt):
         return tuple(renderer.encode_text(prompt.text))
-    if max(prompt.token_ids) >= renderer.vocab_size:
+    if max(prompt.token_ids, default=0) >= renderer.vocab_size:
         message = f"A token id is outside this model's vocabulary of {renderer.vocab_size}."
         raise InvalidRequest(message, param="prompt")
     return prompt.token_ids
@@ -305,7 +305,7 @@ def _as_service_error(error: Exception, request: ServeRequest) -> ServiceError:
             return ServiceError("The model cannot be served: its files do not fit its base, or are damaged.")
         case EngineFailed():
             return Unavailable("The engine stopped; the request can be sent again.", retry_after_s=QUEUE_RETRY_AFTER_S)
-        case ValueError():
+        case UnfitRequest():
             return InvalidRequest(f"The model cannot take this request: {error}")
         case _:
             log.exception("request %s failed", request.request_id, exc_info=error)

@@ -16,7 +16,7 @@ import pytest_asyncio
 from service.engine.protocol import Delta
 from service.errors import InvalidRequest, RateLimited, ServiceError
 from service.metrics import Metrics
-from service.serving.messages import Accepted, ChatPrompt, Refused, ServeRequest, TextPrompt, TokenPrompt
+from service.serving.messages import Accepted, ChatPrompt, Folder, Refused, ServeRequest, TextPrompt, TokenPrompt
 from service.serving.replica import ReplicaCore
 from service.store.instance import DEFAULT_PROJECT
 from tests.serving.conftest import BASE, World
@@ -112,6 +112,22 @@ async def test_prompts_that_the_model_cannot_take_are_the_clients_fault(core: Re
     for prompt in (TextPrompt(""), TokenPrompt((10**6,))):
         with pytest.raises(InvalidRequest):
             await answer(core, request(world, prompt=prompt))
+
+
+async def test_more_choices_than_the_engine_ever_holds_are_the_clients_fault(core: ReplicaCore, world: World) -> None:
+    with pytest.raises(InvalidRequest, match="n=4"):
+        await answer(core, request(world, n=4))
+
+
+async def test_a_mistake_of_ours_is_not_blamed_on_the_client(
+    core: ReplicaCore, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = replace(request(world).target, model_id="ft:tiny:o::lost", adapter=Folder("../elsewhere", "0" * 64))
+    with pytest.raises(ServiceError) as caught:  # storage refuses such a key by a ValueError
+        await answer(core, replace(request(world), target=target))
+    assert caught.value.status == 500
+    assert "elsewhere" not in caught.value.message
+    assert "bad storage key" in caplog.text
 
 
 async def test_a_full_queue_is_told_with_a_time_to_come_back(core: ReplicaCore, world: World) -> None:
