@@ -37,19 +37,22 @@ def new_model_id(base_id: str, organization: str, suffix: str | None) -> str:
     return f"ft:{base_id}:{organization}:{suffix or ''}:{secrets.token_hex(6)}"
 
 
-def find_leftover(storage: Storage, job_id: str) -> tuple[str, str] | None:
+def find_leftover(storage: Storage, job_id: str, last_step: int) -> tuple[str, str] | None:
     """Key and manifest hash of an artifact that an earlier attempt finished but could not publish.
 
-    A broken one is removed, so that training writes it anew.
+    One that is broken, or ahead of the rows, is removed, so that training writes it anew. Rows are stored in order:
+    with the checkpoint of the artifact's own step (`last_step`), all numbers up to it are there.
     """
     key = artifact_key(job_id)
     manifest = read_manifest(storage, key)
     if manifest is None:
         return None
     try:
+        if manifest.step != last_step:
+            raise BrokenFolder(f"{key}: of step {manifest.step}, and rows were stored up to step {last_step}")
         verify(storage, key, manifest.hash())
     except BrokenFolder:
-        log.exception("removing a broken artifact of job %s", job_id)
+        log.exception("removing an artifact of job %s", job_id)
         storage.delete(key)
         return None
     return key, manifest.hash()

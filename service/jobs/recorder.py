@@ -97,6 +97,17 @@ class RunRecorder:
         """Refuse everything from now on; for launchers that cannot kill."""
         self.lost.set()
 
+    def forget_missing_checkpoints(self) -> None:
+        """Drop the rows of checkpoints that an earlier attempt deleted, and did not live to say so."""
+        with self._db.read() as tx:
+            keys = [row.storage_key for row in checkpoints.live(tx, runs.get(tx, self.run_id).job_id)]
+        missing = [key for key in keys if read_manifest(self._storage, key) is None]
+        if missing:
+            with self._db.write() as tx:
+                job = jobs.by_id(tx, runs.hold(tx, self.run_id, self._epoch).job_id)
+                for key in missing:
+                    _drop_checkpoints(tx, job, key)
+
     def publish(self, key: str, manifest_hash: str) -> None:
         """Publish a finished artifact."""
         publish(self._db, self._storage, self.run_id, self._epoch, key, manifest_hash)
@@ -220,10 +231,12 @@ class RunRecorder:
         manifest = self._progress.manifests.get(item.key)
         if manifest is None or manifest.hash() != item.manifest_hash:
             return  # deleted again by the run before we came to it
+        if checkpoints.is_recorded(tx, job.id, run.attempt, item.step, item.manifest_hash):
+            return
         assert job.plan is not None, "a job without a plan was run"
-        model_id = _free_checkpoint_id(tx, f"{job.plan['model_id']}:ckpt-step-{item.step}", run, item)
-        if model_id is None:
-            return  # this delivery is recorded, or an equal folder of an earlier attempt
+        model_id = f"{job.plan['model_id']}:ckpt-step-{item.step}"
+        if models.by_id(tx, model_id) is not None:
+            model_id += f"-{run.attempt}"  # the plain id stands for a folder of an earlier attempt
         _drop_checkpoints(tx, job, item.key)  # the step was trained again and came out differently
         data = item.model_dump(include={"train_loss", "train_mean_token_accuracy", *EVAL_FIELDS}, exclude_none=True)
         checkpoints.add(
@@ -238,17 +251,6 @@ class RunRecorder:
         )
         add_model(tx, job, model_id, item.key, manifest, checkpoint=True)
         events.add(tx, job, f"Checkpoint created at step {item.step}", dedup_key=dedup_key, at=item.at)
-
-
-def _free_checkpoint_id(tx: Session, model_id: str, run: Run, item: CheckpointSaved) -> str | None:
-    """A model id that stands for no other content; None if this content has one."""
-    for candidate in (model_id, f"{model_id}-{run.attempt}"):
-        model = models.by_id(tx, candidate)
-        if model is None:
-            return candidate
-        if model.manifest_hash == item.manifest_hash:
-            return None
-    return None
 
 
 def _drop_checkpoints(tx: Session, job: Job, key: str) -> None:

@@ -19,7 +19,7 @@ from service.metrics import Metrics
 from service.store import checkpoints, jobs
 from service.store.database import Database
 from service.store.runs import RunLost
-from service.store.tables import Run
+from service.store.tables import Checkpoint, Run
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -68,26 +68,26 @@ class RunDriver:
             self._settle(reason)
 
     def _attempt(self) -> None:
+        self.recorder.forget_missing_checkpoints()
         with self._db.read() as tx:
             job = jobs.by_id(tx, self._run.job_id)
-        leftover = find_leftover(self._storage, job.id)
+            recorded = checkpoints.latest(tx, job.id)
+        leftover = find_leftover(self._storage, job.id, 0 if recorded is None else recorded.step)
         if leftover is not None:
             self.recorder.publish(*leftover)
             return
-        self._drop_unrecorded_checkpoints()
+        self._drop_unrecorded_checkpoints(recorded)
         log.info("run %s: attempt %d begins to train", self._run.id, self._run.attempt)
         self._fit(TrainSpec.model_validate(job.spec), run_key(job.id), self.recorder)
 
-    def _drop_unrecorded_checkpoints(self) -> None:
+    def _drop_unrecorded_checkpoints(self, recorded: Checkpoint | None) -> None:
         """Delete checkpoints ahead of the rows: the numbers of their steps were lost with the last driver.
 
         Training those steps again gives the same numbers, and leaves no hole in the curve.
         """
-        with self._db.read() as tx:
-            latest = checkpoints.latest(tx, self._run.job_id)
         folder = f"{run_key(self._run.job_id)}/checkpoints"
         for name in self._storage.list_names(folder):
-            if latest is None or f"{folder}/{name}" > latest.storage_key:
+            if recorded is None or f"{folder}/{name}" > recorded.storage_key:
                 self._storage.delete(f"{folder}/{name}")
 
     def _settle(self, reason: str) -> None:

@@ -11,6 +11,14 @@ from service.store.database import new_id, now
 from service.store.tables import Checkpoint, Job
 
 
+def is_recorded(tx: Session, job_id: str, attempt: int, step: int, manifest_hash: str) -> bool:
+    """Whether this attempt recorded the step, or the same folder is known from an earlier one."""
+    rows = tx.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step == step))
+    return any(
+        row.attempt == attempt or (row.deleted_at is None and row.manifest_hash == manifest_hash) for row in rows
+    )
+
+
 def add(
     tx: Session,
     job: Job,
@@ -22,11 +30,7 @@ def add(
     model_id: str,
     metrics: dict[str, Any],
 ) -> Checkpoint:
-    """Record a complete checkpoint; a repeated delivery returns the first row."""
-    same = (Checkpoint.job_id == job.id, Checkpoint.attempt == attempt, Checkpoint.step == step)
-    found = tx.scalar(select(Checkpoint).where(*same))
-    if found is not None:
-        return found
+    """Record a complete checkpoint that is not recorded yet."""
     checkpoint = Checkpoint(
         id=new_id("ftckpt_"),
         created_at=now(),
@@ -48,6 +52,11 @@ def add(
 def of_job(job_id: str) -> list[ColumnElement[bool]]:
     """Conditions of a job's checkpoint list."""
     return [Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None)]
+
+
+def live(tx: Session, job_id: str) -> list[Checkpoint]:
+    """The job's checkpoints that still exist."""
+    return list(tx.scalars(select(Checkpoint).where(*of_job(job_id))))
 
 
 def latest(tx: Session, job_id: str) -> Checkpoint | None:

@@ -266,11 +266,12 @@ def test_a_broken_artifact_is_never_published_but_written_anew(build: Build) -> 
     assert restarted.storage.read_bytes(f"{artifact_key(job.id)}/weights.json") != b"{}"
 
 
-def test_a_checkpoint_whose_numbers_were_never_stored_is_trained_again(build: Build) -> None:
+@pytest.mark.parametrize("written", ["checkpoint", "artifact"])
+def test_what_was_written_after_the_last_stored_numbers_is_trained_again(build: Build, written: str) -> None:
     world = build()
     job = world.queue()
     run = claim_by_hand(world, job)
-    recorder = StopsHearingAfter(world, run, num_batches=3)
+    recorder = StopsHearingAfter(world, run, 3, written)
     with pytest.raises(Crash):
         rehearse(world, job, run, recorder)
     lose(world, run)
@@ -281,20 +282,51 @@ def test_a_checkpoint_whose_numbers_were_never_stored_is_trained_again(build: Bu
 
 
 class StopsHearingAfter(RunRecorder):
-    """A driver that dies while its worker goes on until the artifact."""
+    """A driver that dies while its worker goes on until it has written the last checkpoint, or the artifact."""
 
-    def __init__(self, world: World, run: Run, num_batches: int) -> None:
+    def __init__(self, world: World, run: Run, num_batches: int, written: str) -> None:
         super().__init__(world.db, world.storage, run.id, run.epoch)
-        self.num_left = num_batches
+        self.num_left, self.written = num_batches, written
 
     def report(self, items: list[ProgressItem]) -> Wish:
-        """Store the first batches only; the worker itself dies before it writes the artifact."""
-        if any(item.kind == "checkpoint" and item.step == 4 for item in items):
+        """Store the first batches only; when the worker would tell what it wrote last, it dies."""
+        if any(item.kind == self.written and getattr(item, "step", 0) == 4 for item in items):
             raise Crash("killed")
         if self.num_left == 0:
             return Wish.GO_ON
         self.num_left -= 1
         return super().report(items)
+
+
+def test_a_checkpoint_deleted_by_a_run_that_could_not_say_so_is_no_model_any_more(build: Build) -> None:
+    world = build(make_fit=lambda storage: Rehearsal(storage, 6, 2))
+    job = world.queue()
+    run = claim_by_hand(world, job)
+    with pytest.raises(Crash):
+        recorder = RunRecorder(world.db, world.storage, run.id, run.epoch)
+        Rehearsal(world.storage, 6, 2, CrashAt(5))(TrainSpec.model_validate(job.spec), run_key(job.id), recorder)
+    world.storage.delete(f"{run_key(job.id)}/checkpoints/step-000002")
+    lose(world, run)
+    world.tick_to(job, JobState.SUCCEEDED)
+    assert world.run(job).resumed_from == 4
+    with world.db.read() as tx:
+        callable_steps = [model.step for model in models.all_live(tx)]
+    assert callable_steps == [4, 6, 6]  # the last is the job's own model
+
+
+def test_a_deleted_checkpoint_that_is_trained_again_is_a_model_again(build: Build) -> None:
+    world = build()
+    job = world.queue()
+    run = claim_by_hand(world, job)
+    with pytest.raises(Crash):
+        rehearse(world, job, run, StopsHearingAfter(world, run, 3, "checkpoint"))
+    world.storage.delete(f"{run_key(job.id)}/checkpoints/step-000002")  # the only one that was recorded
+    lose(world, run)
+    world.tick_to(job, JobState.SUCCEEDED)
+    with world.db.read() as tx:
+        live = models.all_live(tx)
+    assert [model.step for model in live] == [2, 4, 4]
+    assert live[0].id.endswith(":ckpt-step-2-2")  # ids are never reused
 
 
 def test_a_task_whose_worker_dies_each_time_fails_its_file(world: World) -> None:
