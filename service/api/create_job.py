@@ -128,7 +128,7 @@ def _usable_file(tx: Session, who: Caller, file_id: str, param: str) -> File:
     """A file that may still be validating; one known to be unusable is refused now."""
     code = f"invalid_{param}"
     try:
-        file = files.get(tx, who.project_id, file_id)
+        file = files.hold(tx, who.project_id, file_id)
     except NotFound:
         raise InvalidRequest(f"Invalid {param}: no file with id '{file_id}'.", param=param, code=code) from None
     if file.purpose != "fine-tune":

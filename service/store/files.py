@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound
+from service.errors import InvalidRequest, NotFound
+from service.store import jobs
 from service.store.database import now
 from service.store.tables import File
 
@@ -59,6 +60,12 @@ def get(tx: Session, project_id: str, file_id: str) -> File:
     return file
 
 
+def hold(tx: Session, project_id: str, file_id: str) -> File:
+    """The project's file, which nobody deletes before this transaction has ended; for a job that will need it."""
+    tx.execute(select(File.seq).where(File.id == file_id).with_for_update(read=True))
+    return get(tx, project_id, file_id)
+
+
 def by_id(tx: Session, file_id: str) -> File | None:
     """Any file, deleted or not; for workers."""
     return tx.scalar(select(File).where(File.id == file_id))
@@ -74,8 +81,16 @@ def set_validated(
 
 
 def delete(tx: Session, project_id: str, file_id: str) -> File:
-    """Mark a file deleted; its bytes go later, by a task."""
+    """Mark a file deleted that no open job needs; its bytes go later, by a task."""
+    tx.execute(select(File.seq).where(File.id == file_id).with_for_update())  # waits for jobs being created with it
     file = get(tx, project_id, file_id)
+    job = jobs.open_with_file(tx, file_id)
+    if job is not None:
+        raise InvalidRequest(
+            f"The file is used by job {job.id}, which is {job.state}; cancel it or wait until it has finished.",
+            param="file_id",
+            code="file_in_use",
+        )
     file.deleted_at = now()
     return file
 

@@ -101,21 +101,26 @@ def move(tx: Session, job_id: str, new: JobState, *, expect: set[JobState] | Non
     check_move(old, new)
     if new.is_terminal:
         changes.setdefault("finished_at", now())
-    swapped = tx.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state == old, Job.state_version == job.state_version)
-        .values(state=new, state_version=job.state_version + 1, **changes)
-    )
-    if swapped.rowcount == 0:  # type: ignore[attr-defined]
-        raise StateConflict(f"job {job_id} left {old} meanwhile")
-    tx.refresh(job)
+    _swap(tx, job, state=new, **changes)
     _announce(tx, job)
     return job
 
 
+def _swap(tx: Session, job: Job, **changes: Any) -> None:
+    """Change the job if nobody did since it was read. States and wishes go this way: each is chosen by the other."""
+    swapped = tx.execute(
+        update(Job)
+        .where(Job.id == job.id, Job.state_version == job.state_version)
+        .values(state_version=job.state_version + 1, **changes)
+    )
+    if swapped.rowcount == 0:  # type: ignore[attr-defined]
+        raise StateConflict(f"job {job.id} was changed since it was {job.state}")
+    tx.refresh(job)
+
+
 def change(tx: Session, job_id: str, **changes: Any) -> None:
-    """Change columns other than the state."""
-    assert "state" not in changes
+    """Change columns that no move depends on."""
+    assert not changes.keys() & {"state", "desired"}
     tx.execute(update(Job).where(Job.id == job_id).values(**changes))
 
 
@@ -143,9 +148,8 @@ def request_cancel(tx: Session, project_id: str, job_id: str) -> Job:
         events.add(tx, job, "The job was cancelled")
         return job
     if job.desired != Desired.CANCEL:
-        change(tx, job.id, desired=Desired.CANCEL, stop_requested_at=now())
+        _swap(tx, job, desired=Desired.CANCEL, stop_requested_at=now())
         events.add(tx, job, "Cancelling: the run stops after its current step")
-        tx.refresh(job)
     return job
 
 

@@ -71,9 +71,9 @@ def test_a_job_with_a_bad_file_fails_with_line_numbers(world: World) -> None:
 
 def test_a_deleted_validation_file_fails_the_job_that_needs_it(world: World) -> None:
     unused = world.upload(GOOD_LINES)
-    job = world.create(world.upload(GOOD_LINES), validation_file_id=unused.id)
     with world.db.write() as tx:
         files.delete(tx, PROJECT, unused.id)
+    job = world.create(world.upload(GOOD_LINES), validation_file_id=unused.id)
     error = world.tick_to(job, JobState.FAILED).error
     assert error is not None
     assert error["param"] == "validation_file"

@@ -7,10 +7,25 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from service.errors import InvalidRequest, NotFound
 from service.jobs.states import JobState
-from service.store import aliases, catalog, events, instance, jobs, keys, leases, metrics, migrate, models, runs, tasks
+from service.store import (
+    aliases,
+    catalog,
+    events,
+    files,
+    instance,
+    jobs,
+    keys,
+    leases,
+    metrics,
+    migrate,
+    models,
+    runs,
+    tasks,
+)
 from service.store.database import Database, now
 from service.store.instance import DEFAULT_PROJECT
 from service.store.paging import Page, page
@@ -30,6 +45,20 @@ def add_job(tx: Any, **fields: Any) -> Job:
         "spec": {},
     }
     return jobs.create(tx, **(values | fields))
+
+
+def add_file(tx: Any, file_id: str) -> None:
+    files.create(
+        tx,
+        project_id=DEFAULT_PROJECT,
+        created_by=None,
+        id=file_id,
+        filename="rows.jsonl",
+        purpose="fine-tune",
+        size_bytes=1,
+        sha256="",
+        storage_key=f"files/{file_id}",
+    )
 
 
 def add_model(tx: Any, model_id: str) -> None:
@@ -135,6 +164,52 @@ def test_wishes_without_a_run_are_fulfilled_at_once(db: Database) -> None:
         for wish in (jobs.request_cancel, jobs.request_pause, jobs.request_resume):
             with pytest.raises(InvalidRequest):
                 wish(tx, DEFAULT_PROJECT, job.id)
+
+
+def test_of_a_wish_and_an_ending_that_cross_the_later_one_is_told(db: Database) -> None:
+    if db.is_sqlite:
+        pytest.skip("writers take turns")
+    with db.write() as tx:
+        first, second = add_job(tx), add_job(tx)
+        for job in (first, second):
+            jobs.move(tx, job.id, JobState.QUEUED)
+            jobs.move(tx, job.id, JobState.RUNNING)
+            jobs.request_pause(tx, DEFAULT_PROJECT, job.id)
+    with pytest.raises(jobs.StateConflict), db.write() as ending:
+        read = jobs.by_id(ending, first.id)
+        with db.write() as wish:
+            jobs.request_cancel(wish, DEFAULT_PROJECT, first.id)
+        jobs.move(ending, read.id, JobState.PAUSED)
+    with pytest.raises(jobs.StateConflict), db.write() as wish:
+        read = jobs.by_id(wish, second.id)
+        with db.write() as ending:
+            jobs.move(ending, second.id, JobState.PAUSED)
+        jobs.request_cancel(wish, DEFAULT_PROJECT, read.id)
+
+
+def test_a_file_cannot_be_deleted_under_an_open_job(db: Database) -> None:
+    with db.write() as tx:
+        add_file(tx, "file-1")
+        job = add_job(tx, training_file_id="file-1")
+    with pytest.raises(InvalidRequest, match=job.id), db.write() as tx:
+        files.delete(tx, DEFAULT_PROJECT, "file-1")
+    with db.write() as tx:
+        jobs.request_cancel(tx, DEFAULT_PROJECT, job.id)
+        files.delete(tx, DEFAULT_PROJECT, "file-1")
+
+
+def test_a_delete_of_a_file_and_a_create_with_it_wait_for_each_other(db: Database) -> None:
+    if db.is_sqlite:
+        pytest.skip("writers take turns")
+    with db.write() as tx:
+        add_file(tx, "file-1")
+    for first, second in ((files.hold, files.delete), (files.delete, files.hold)):
+        with pytest.raises(RuntimeError, match="undone"), db.write() as tx:
+            first(tx, DEFAULT_PROJECT, "file-1")
+            with pytest.raises(OperationalError, match="lock timeout"), db.write() as other:
+                other.execute(text("SET LOCAL lock_timeout = '50ms'"))
+                second(other, DEFAULT_PROJECT, "file-1")
+            raise RuntimeError("undone")
 
 
 def test_metadata_filters_find_only_matching_jobs(db: Database) -> None:
