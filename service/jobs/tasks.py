@@ -94,7 +94,7 @@ def import_base(bench: Workbench, payload: dict[str, Any]) -> None:
 
     def show(text: str) -> None:
         with bench.db.write() as tx:
-            if bases.find(tx, base.id) is not None:
+            if bases.is_preparing(tx, base):
                 bases.set_status(tx, base.id, "preparing", text)
 
     try:
@@ -103,10 +103,11 @@ def import_base(bench: Workbench, payload: dict[str, Any]) -> None:
         )
     except importer.BaseError as error:
         with bench.db.write() as tx:
-            _base_failed(tx, payload, str(error))
+            if bases.is_preparing(tx, base):
+                bases.set_status(tx, base.id, "error", str(error))
         return
     with bench.db.write() as tx:
-        if bases.find(tx, base.id) is not None:
+        if bases.is_preparing(tx, base):
             bases.set_ready(tx, base.id, **found.model_dump(mode="json"))
 
 

@@ -52,6 +52,14 @@ def get(tx: Session, base_id: str) -> BaseModel:
     return base
 
 
+def is_preparing(tx: Session, base: BaseModel) -> bool:
+    """Whether the base still waits for this very import: it may have been deleted and added from elsewhere since."""
+    row = find(tx, base.id)
+    if row is None:
+        return False
+    return (row.status, row.source, row.revision) == ("preparing", base.source, base.revision)
+
+
 def all_ready(tx: Session) -> list[BaseModel]:
     """Every base that can be trained and served."""
     return list(tx.scalars(select(BaseModel).where(BaseModel.status == "ready", *live()).order_by(BaseModel.seq)))

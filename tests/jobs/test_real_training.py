@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from service.jobs.launchers import LoopFit
 from service.jobs.states import JobState
+from service.jobs.tasks import Workbench, import_base
 from service.store import bases, jobs, models, tasks
 from service.store.tables import BaseModel
 from tests.jobs.world import GOOD_LINES, PROJECT, World
 from tests.shared import MODELS, needs_shared
 from training.artifact import verify
 from training.spec import BaseRef, Hyperparameters, TrainSpec
+from training.storage import Storage
 
 pytestmark = needs_shared
 
@@ -102,3 +105,31 @@ def test_a_base_that_cannot_be_used_says_why(world: World, tmp_path: Path) -> No
     base = add_base(world, str(tmp_path / "nothing-here"))
     assert base.status == "error"
     assert "nothing-here" in (base.status_details or "")
+
+
+def test_an_import_does_not_answer_for_a_base_that_was_added_anew_from_elsewhere(world: World) -> None:
+    with world.db.write() as tx:
+        source = str(MODELS / "stories260K")
+        bases.add(tx, project_id=PROJECT, created_by=None, id="tiny", source=source, revision=None)
+    storage = MeanwhileAddedAnew(world)
+    import_base(Workbench(world.settings, world.db, storage), {"base_id": "tiny"})
+    with world.db.read() as tx:
+        base = bases.get(tx, "tiny")
+    assert (base.status, base.source, base.storage_key) == ("preparing", "elsewhere", None)
+
+
+class MeanwhileAddedAnew(Storage):
+    """While the first file is written, an administrator deletes the base and adds another one of its name."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.storage.url)
+        self.world, self.is_done = world, False
+
+    def open_write(self, key: str) -> IO[bytes]:
+        """Write as ever."""
+        if not self.is_done:
+            self.is_done = True
+            with self.world.db.write() as tx:
+                bases.delete(tx, "tiny")
+                bases.add(tx, project_id=PROJECT, created_by=None, id="tiny", source="elsewhere", revision=None)
+        return super().open_write(key)
