@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 
 from service.api.deps import ModelsDep, PlatformDep
-from service.api.paging import list_page
+from service.api.paging import list_page, refuse_unknown_query
 from service.api.schemas import PutAlias, check_alias_name
 from service.api.views import alias_json
 from service.auth import Caller
@@ -48,8 +48,9 @@ def _check_target(tx: Session, who: Caller, model_id: str) -> None:
 
 
 @router.get("")
-def list_aliases(platform: PlatformDep, who: ModelsDep) -> dict[str, Any]:
+def list_aliases(request: Request, platform: PlatformDep, who: ModelsDep) -> dict[str, Any]:
     """All aliases of the project, by name."""
+    refuse_unknown_query(request)
     with platform.db.read() as tx:
         return list_page([alias_json(alias) for alias in aliases.all_current(tx, who.project_id)], has_more=False)
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from service.api.deps import InferenceDep, PlatformDep
 from service.api.generation import Generation, Usage, resolve, respond, serve_requests
 from service.api.inference_schemas import CHAT_NEUTRAL, ChatRequest, parse
+from service.api.paging import refuse_unknown_query
 from service.api.sse import encode_text, frame
 from service.engine.protocol import Delta
 from service.errors import NotFound
@@ -24,6 +25,7 @@ router = APIRouter(tags=["inference"])
 @router.post("/v1/chat/completions", response_model=None)
 async def create_chat_completion(request: Request, platform: PlatformDep, caller: InferenceDep) -> Response:
     """Answer a conversation, streamed or whole."""
+    refuse_unknown_query(request)
     body = parse(ChatRequest, await request.body(), CHAT_NEUTRAL)
     target = await resolve(platform, caller, body.model)
     if "chat" not in target.capabilities:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from service.api.deps import InferenceDep, PlatformDep
 from service.api.generation import Generation, Usage, resolve, respond, serve_requests
 from service.api.inference_schemas import COMPLETION_NEUTRAL, DEFAULT_COMPLETION_TOKENS, CompletionRequest, parse
+from service.api.paging import refuse_unknown_query
 from service.api.sse import encode_text, frame
 from service.engine.protocol import Delta
 from service.errors import NotFound
@@ -24,6 +25,7 @@ router = APIRouter(tags=["inference"])
 @router.post("/v1/completions", response_model=None)
 async def create_completion(request: Request, platform: PlatformDep, caller: InferenceDep) -> Response:
     """Continue one or more prompts, streamed or whole."""
+    refuse_unknown_query(request)
     body = parse(CompletionRequest, await request.body(), COMPLETION_NEUTRAL)
     target = await resolve(platform, caller, body.model)
     if "completions" not in target.capabilities:

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.auth import Caller
+from service.errors import InvalidRequest
 from service.platform import Platform
 
 
@@ -19,6 +20,12 @@ def get_platform(request: Request) -> Platform:
 
 
 PlatformDep = Annotated[Platform, Depends(get_platform)]
+
+
+async def no_body(request: Request) -> None:
+    """InvalidRequest for a body that the route would otherwise drop silently."""
+    if (await request.body()).strip() not in (b"", b"{}", b"null"):
+        raise InvalidRequest("This request takes no body.", code="invalid_body")
 
 
 @cache

@@ -25,6 +25,8 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer in OpenAI's shape whatever a route raises. Faults of our own are caught by the middleware around."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            error = _no_route(request)
         headers = _allow_header(request) if _is_405(error) else {}
         return error_response(error, headers)
 
@@ -58,8 +60,6 @@ def to_service_error(error: Exception) -> ServiceError:
 
 
 def _from_http(error: HTTPException) -> ServiceError:
-    if error.status_code == 404:
-        return NotFound("Unknown request URL. Check the path, and that base_url ends in '/v1'.", code="unknown_url")
     if error.status_code == 405:
         return MethodNotAllowed("This URL exists, but not for this HTTP method; see the Allow header.")
     if error.status_code == 413:
@@ -67,6 +67,13 @@ def _from_http(error: HTTPException) -> ServiceError:
     if error.status_code < 500:
         return InvalidRequest(f"The request body could not be read: {error.detail}", code="invalid_body")
     return ServiceError("The service had an internal fault; the request id finds it in the service's log.")
+
+
+def _no_route(request: Request) -> NotFound:
+    """Whether a base_url is wrong, or a part of OpenAI's API is asked for that is not here: the path tells."""
+    path = request.scope["path"]
+    hint = "This service does not have it." if "/v1/" in path else "Check the path, and that base_url ends in '/v1'."
+    return NotFound(f"Unknown request URL: {request.method} {path[:200]}. {hint}", code="unknown_url")
 
 
 def _is_405(error: Exception) -> bool:

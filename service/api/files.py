@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
 from service.api.deps import FilesDep, PlatformDep
-from service.api.paging import After, list_page
+from service.api.paging import After, list_page, refuse_unknown_query
 from service.auth import Caller
 from service.errors import InvalidRequest, NotFound
 from service.files.filenames import content_disposition
@@ -76,6 +76,7 @@ def _insert(tx: Session, caller: Caller, upload: Upload) -> File:
 
 @router.get("/v1/files")
 def list_files(
+    request: Request,
     platform: PlatformDep,
     caller: FilesDep,
     after: After = None,
@@ -84,6 +85,7 @@ def list_files(
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> dict[str, Any]:
     """The project's files, newest first by default."""
+    refuse_unknown_query(request, "after", "limit", "order", "purpose")
     with platform.db.read() as tx:
         wanted = Page(after=after, limit=limit, order=order)
         rows, has_more = page(tx, File, wanted, *files.in_project(caller.project_id, purpose))

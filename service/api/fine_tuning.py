@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
 from service.api.create_job import Attempt, create_job
-from service.api.deps import JobsDep, PlatformDep
+from service.api.deps import JobsDep, PlatformDep, no_body
 from service.api.follow import SSE_HEADERS, Follower
 from service.api.paging import After, Limit, list_page, refuse_unknown_query
 from service.api.schemas import CreateJob
@@ -41,8 +42,8 @@ def create(
     idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Queue a job. A retry by the client (its retry count, or an Idempotency-Key) answers with the first one's job."""
-    num_retries = int(retry_count) if retry_count and retry_count.isascii() and retry_count.isdecimal() else 0
-    attempt = Attempt(num_retries, idempotency_key or "", request.state.received_at)
+    is_number = retry_count is not None and re.fullmatch(r"[0-9]{1,9}", retry_count) is not None
+    attempt = Attempt(int(retry_count or 0) if is_number else 0, idempotency_key or "", request.state.received_at)
     with platform.db.write() as tx:
         job = create_job(tx, platform, who, body, attempt)
     return job_json(job, platform.settings.organization)
@@ -85,19 +86,19 @@ def retrieve(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]
     return job_json(job, platform.settings.organization)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", dependencies=[Depends(no_body)])
 def cancel(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """Cancel at once without a live run, otherwise after the current step."""
     return _wish(platform, who, job_id, jobs.request_cancel)
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", dependencies=[Depends(no_body)])
 def pause(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """Pause at once without a live run, otherwise after a checkpoint of the current step."""
     return _wish(platform, who, job_id, jobs.request_pause)
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", dependencies=[Depends(no_body)])
 def resume(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """Let a paused job go on."""
     return _wish(platform, who, job_id, jobs.request_resume)
@@ -129,7 +130,10 @@ def list_events(
     """Events, newest first; with `stream=true` all from the oldest (or behind `after`) on, and then as they happen."""
     refuse_unknown_query(request, "after", "limit", "stream")
     if stream:
-        follower = Follower(platform.db, who.project_id, job_id, after or last_event_id)
+        if "limit" in request.query_params:
+            raise InvalidRequest("A stream of events has no 'limit'; close it when you have enough.", param="limit")
+        # A browser that comes back sends the same URL, and in the header how far it has got since.
+        follower = Follower(platform.db, who.project_id, job_id, last_event_id or after)
         return StreamingResponse(follower.frames(), media_type="text/event-stream", headers=SSE_HEADERS)
     with platform.db.read() as tx:
         jobs.get(tx, who.project_id, job_id)

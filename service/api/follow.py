@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.concurrency import run_in_threadpool
 
 from service.api.errors import to_service_error
@@ -64,5 +65,5 @@ class Follower:
                 if len(rows) < BATCH:
                     await asyncio.sleep(POLL_S)
                 rows, is_over = await run_in_threadpool(self._poll)
-        except OperationalError as error:  # the answer has begun: say so in the stream, the client may come back
+        except (OperationalError, PoolTimeout) as error:  # the answer has begun: say so, the client may come back
             yield f"data: {json.dumps(to_service_error(error).body())}\n\n"

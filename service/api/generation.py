@@ -23,10 +23,11 @@ from service.api.inference_schemas import Sampling
 from service.api.sse import DONE, ClientGone, Connection, Disconnected, EventStream, error_frame
 from service.auth import Caller
 from service.engine.protocol import Delta
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.platform import Platform
 from service.serving.engines import Output
 from service.serving.messages import Accepted, Prompt, ServeRequest, Target
+from service.settings import Settings
 from service.store import usage
 
 log = logging.getLogger("tunesmith.inference")
@@ -88,6 +89,7 @@ class Generation:
         self.target = requests[0].target
         self.num_choices = sum(request.n for request in requests)
         self.used = Usage()
+        _check_capacity(platform.settings, self.num_choices)
 
     async def outputs(self) -> AsyncGenerator[list[Delta], None]:
         """New output, choices numbered over all prompts. Nothing comes before every prompt was accepted."""
@@ -141,6 +143,14 @@ class Generation:
                 prompt_tokens=self.used.prompt_tokens,
                 completion_tokens=self.used.completion_tokens,
             )
+
+
+def _check_capacity(settings: Settings, num_choices: int) -> None:
+    """Refuse what all replicas together could never hold: told to wait, the client would try again for ever."""
+    capacity = (settings.max_batch_size + settings.max_waiting) * settings.engine_max_replicas
+    if num_choices > capacity:
+        message = f"The request asks for {num_choices} choices, 'n' of each prompt; at most {capacity} can be served."
+        raise InvalidRequest(message, param="n")
 
 
 def _accounted(task: asyncio.Task[None]) -> None:

@@ -60,7 +60,7 @@ Body = TypeVar("Body", bound=Wire)
 def parse(model: type[Body], body: bytes, neutral: Neutral) -> Body:
     """The request in the body; InvalidRequest, UnsupportedParameter or RequestValidationError name what is wrong."""
     try:
-        raw = json.loads(body)
+        raw = json.loads(body.decode())  # from bytes, json takes encodings and half characters that JSON does not have
         if b"\\u" in body:
             json.dumps(raw, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no character
     except (ValueError, RecursionError) as error:
@@ -166,6 +166,7 @@ class FunctionCall(Wire):
 
     name: str
     arguments: str
+    parsed_arguments: Nothing = None  # the client's stream() and parse() add it
 
 
 class ToolCall(Wire):
@@ -187,6 +188,7 @@ class Message(Wire):
     tool_call_id: str | None = None
     refusal: str | None = None
     annotations: Nothing = None
+    parsed: Nothing = None  # the client's stream() and parse() add it
     audio: Nothing = None
     function_call: Nothing = None
 
@@ -197,13 +199,15 @@ class Message(Wire):
             raise ValueError(f"a message of role '{self.role}' needs 'content'")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message of role 'tool' needs 'tool_call_id'")
-        if self.tool_calls and not is_assistant:
-            raise ValueError("only messages of role 'assistant' may have 'tool_calls'")
+        for name, role in (("tool_calls", "assistant"), ("refusal", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise ValueError(f"only messages of role '{role}' may have '{name}'")
         return self
 
     def to_record(self) -> ChatMessage:
         """The type that training renders."""
-        calls = [RecordedToolCall.model_validate(call.model_dump(exclude={"index"})) for call in self.tool_calls or ()]
+        extra: Any = {"index": True, "function": {"parsed_arguments"}}
+        calls = [RecordedToolCall.model_validate(call.model_dump(exclude=extra)) for call in self.tool_calls or ()]
         assert not isinstance(self.content, list)
         return ChatMessage(
             role=self.role,
@@ -236,14 +240,16 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _few_prompts(self) -> CompletionRequest:
+        if len(self.prompts()) > MAX_PROMPTS:
+            message = f"Invalid value for 'prompt': at most {MAX_PROMPTS} prompts are allowed in one request."
+            raise InvalidRequest(message, param="prompt")
+        return self
 
     @model_validator(mode="after")
     def _no_best_of(self) -> CompletionRequest:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 
 from service.api.deps import ModelsDep, ModelsReadDep, PlatformDep
+from service.api.paging import refuse_unknown_query
 from service.api.views import Json, alias_as_model_json, base_as_model_json, model_json
 from service.errors import InvalidRequest
 from service.jobs.states import JobState
@@ -32,8 +33,9 @@ def _callable_models(tx: Session, project_id: str, organization: str) -> list[Js
 
 
 @router.get("")
-def list_models(platform: PlatformDep, who: ModelsReadDep) -> dict[str, Any]:
+def list_models(request: Request, platform: PlatformDep, who: ModelsReadDep) -> dict[str, Any]:
     """Everything that a request may name as its model."""
+    refuse_unknown_query(request)
     with platform.db.read() as tx:
         found = _callable_models(tx, who.project_id, platform.settings.organization)
     return {"object": "list", "data": found}

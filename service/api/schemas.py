@@ -26,15 +26,19 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def _without_nul(text: str) -> str:
-    """PostgreSQL cannot store NUL, and no name needs one."""
+def _storable(text: str) -> str:
+    """Neither NUL, which PostgreSQL cannot store, nor half of a surrogate pair, which no answer could ever show."""
     if "\0" in text:
         raise ValueError("it must not contain NUL characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it must not contain half of a surrogate pair, which is no character") from None
     return text
 
 
-Text = Annotated[str, AfterValidator(_without_nul)]
-ObjectId = Annotated[Text, Field(min_length=1, max_length=256)]
+Text = Annotated[str, AfterValidator(_storable)]
+ObjectId = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_storable)]
 
 
 def _check_metadata(pairs: dict[str, str]) -> dict[str, str]:
@@ -138,7 +142,7 @@ class CreateJob(Wire):
     model: ObjectId
     training_file: ObjectId
     validation_file: ObjectId | None = None
-    suffix: Annotated[Text, Field(min_length=1, max_length=64), AfterValidator(_safe_suffix)] | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_safe_suffix)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
@@ -154,11 +158,12 @@ class CreateJob(Wire):
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
 
     def effective_hyperparameters(self) -> Hyperparameters:
-        """Those of `method` where it has some, otherwise the deprecated top-level ones."""
-        chosen: BaseModel | None = self.hyperparameters
-        if self.method is not None and self.method.supervised is not None:
-            chosen = self.method.supervised.hyperparameters or chosen
-        return Hyperparameters.model_validate(chosen.model_dump() if chosen is not None else {})
+        """Those of `method`, and for what it does not name the deprecated top-level ones: nothing given is dropped."""
+        supervised = self.method.supervised if self.method is not None else None
+        given: dict[str, Any] = {}
+        for chosen in (self.hyperparameters, supervised and supervised.hyperparameters):
+            given |= chosen.model_dump(exclude_unset=True) if chosen is not None else {}
+        return Hyperparameters.model_validate(given)
 
 
 def check_base_id(base_id: str) -> str:
@@ -187,8 +192,8 @@ class CreateBase(Wire):
     """Body of POST /v1/bases: a folder of this machine, or a Hub id, under the name that requests will use."""
 
     id: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(check_base_id)]
-    source: Annotated[Text, Field(min_length=1, max_length=1024)]
-    revision: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    source: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
+    revision: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_storable)] | None = None
 
 
 class PutAlias(Wire):
@@ -203,6 +208,6 @@ Scope = Literal["admin", "files", "jobs", "models", "inference"]
 class CreateKey(Wire):
     """Body of POST /v1/keys. Without scopes the key may do everything but administer."""
 
-    name: Annotated[Text, Field(min_length=1, max_length=128)]
+    name: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_storable)]
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=5)] = ["files", "jobs", "models", "inference"]
     project_id: Annotated[str, AfterValidator(_check_project_id)] | None = None

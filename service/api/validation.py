@@ -38,7 +38,7 @@ Error = dict[str, Any]
 
 def explain(error: RequestValidationError) -> ServiceError:
     """The one fault to report. Of a union's faults, those deepest in the body tell the most."""
-    found = [(_path(fault["loc"], error.body), fault) for fault in error.errors()]
+    found = [(_path(fault, error.body), fault) for fault in error.errors()]
     first = found[0][0][:1]
     same_field = [(path, fault) for path, fault in found if path[:1] == first]
     deepest = max(len(path) for path, _ in same_field)
@@ -47,15 +47,16 @@ def explain(error: RequestValidationError) -> ServiceError:
     return _describe(".".join(path), fault, faults)
 
 
-def _path(loc: tuple[int | str, ...], body: Any) -> tuple[str, ...]:
+def _path(fault: Error, body: Any) -> tuple[str, ...]:
     """The location without the names of union members, which mean nothing to a client."""
+    loc: tuple[int | str, ...] = fault["loc"]
     if not loc or loc[0] != "body":
         return tuple(str(part) for part in loc[1:])
     kept: list[str] = []
     value = body
     for index, part in enumerate(loc[1:], start=2):
-        is_last = index == len(loc)
-        if isinstance(value, dict) and isinstance(part, str) and (part in value or is_last):
+        is_absent = index == len(loc) and fault["type"] == "missing"
+        if isinstance(value, dict) and isinstance(part, str) and (part in value or is_absent):
             kept.append(part)
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
@@ -86,7 +87,10 @@ def _describe(name: str, fault: Error, faults: list[Error]) -> ServiceError:
         got = _json_name(fault.get("input"))
         message = f"Invalid type for '{name}': expected {expected}, but got {got} instead."
         return InvalidRequest(message, param=name, code="invalid_type")
-    reasons = dict.fromkeys(_reason(other) for other in faults if not _type_name(other))
+    of_value = [other for other in faults if not _type_name(other)]
+    if all(other["type"] == "literal_error" for other in of_value):
+        of_value = faults  # '3' for an integer or 'auto': neither the type nor the one word alone tells what is right
+    reasons = dict.fromkeys(map(_reason, of_value))
     return InvalidRequest(f"Invalid value for '{name}': {', or '.join(reasons)}.", param=name, code="invalid_value")
 
 
@@ -103,20 +107,24 @@ def _expected_types(faults: list[Error]) -> str:
 def _type_name(fault: Error) -> str | None:
     """'an integer' for faults such as int_type, int_parsing or int_from_float; None for faults of value."""
     kind: str = fault["type"]
-    for suffix in ("_type", "_parsing", "_from_float", "_unicode"):
+    for suffix in ("_type", "_parsing", "_from_float"):
         if kind.endswith(suffix):
             return _TYPE_NAMES.get(kind.removesuffix(suffix))
     return None
 
 
 def _reason(fault: Error) -> str:
+    if (name := _type_name(fault)) is not None:
+        return f"it must be {name}"
     if fault["type"] == "literal_error":
         return f"it must be {fault['ctx']['expected']}"
+    if fault["type"] == "string_unicode":
+        return "it must not contain half of a surrogate pair, which is no character"
     if fault["type"] in ("value_error", "assertion_error"):
         return str(fault.get("ctx", {}).get("error") or fault["msg"]).rstrip(".")
     message = str(fault["msg"]).removeprefix("Input should ").removeprefix("Value should ")
     message = message.removeprefix("String should ").removeprefix("List should ").removeprefix("Dictionary should ")
-    message = message.removeprefix("Tuple should ")
+    message = message.removeprefix("Tuple should ").replace(" after validation", "")
     return f"it should {message}" if message != fault["msg"] else message[:1].lower() + message[1:]
 
 

@@ -122,7 +122,8 @@ def test_a_stop_string_ends_with_stop_and_is_left_out(client: OpenAI) -> None:
 
 
 def test_parts_roles_and_tool_history_reach_the_template(client: OpenAI) -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    function = {"name": "add", "arguments": '{"a": 1}', "parsed_arguments": None}  # the client's helpers add the last
+    call = {"id": "call_1", "type": "function", "function": function, "index": 0}
     history: Any = [
         {"role": "developer", "content": "Be kind."},
         {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
@@ -137,8 +138,12 @@ def test_parts_roles_and_tool_history_reach_the_template(client: OpenAI) -> None
 
 def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI) -> None:
     message: Any = client.chat.completions.create(model=ECHO, messages=HI).choices[0].message
-    again = client.chat.completions.create(model=ECHO, messages=[*HI, message, *HI])
-    assert again.choices[0].message.content
+    parsed: Any = client.chat.completions.parse(model=ECHO, messages=HI).choices[0].message
+    with client.chat.completions.stream(model=ECHO, messages=HI) as stream:
+        streamed: Any = stream.get_final_completion().choices[0].message
+    for sent_back in (message, parsed, streamed):
+        again = client.chat.completions.create(model=ECHO, messages=[*HI, sent_back, *HI])
+        assert again.choices[0].message.content
 
 
 def test_fields_without_effect_on_the_answer_are_accepted(client: OpenAI) -> None:
@@ -193,6 +198,9 @@ def test_what_is_not_honoured_is_refused_by_name(client: OpenAI, field: str, val
         ({"messages": [{"role": "pirate", "content": "x"}]}, "invalid_value", "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "invalid_value", "messages.0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_parameter", None),
+        ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "invalid_type", "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "invalid_value", "messages.0"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "invalid_value", "messages.0"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, None),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"temperature": "hot"}, "invalid_type", "temperature"),
@@ -215,9 +223,15 @@ def test_a_wrong_request_is_a_400_that_names_the_field(
     assert param is None or error["param"] == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": "\xed\xa0\x80"}', b"[" * 100_000])
 def test_a_body_that_is_no_json_object_is_a_400(http: httpx2.Client, body: bytes) -> None:
     assert http.post("/chat/completions", content=body).status_code == 400
+
+
+def test_an_unknown_query_parameter_is_a_400(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=ECHO, messages=HI, extra_query={"api-version": "1"})
+    assert (caught.value.code, caught.value.param) == ("unknown_parameter", "api-version")
 
 
 def test_an_unknown_model_is_a_404_in_openais_words(client: OpenAI) -> None:

@@ -101,6 +101,22 @@ def test_a_prompt_that_cannot_be_continued_is_a_400(client: OpenAI, prompt: Any)
     assert (caught.value.param or "").startswith("prompt")
 
 
+def test_too_many_prompts_or_choices_are_a_400_and_not_a_time_to_retry(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="at most 128 prompts") as caught:
+        client.completions.create(model=ECHO, prompt=["a"] * 129)
+    assert caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError, match="512 choices") as caught:
+        client.completions.create(model=ECHO, prompt=["a"] * 128, n=4)
+    assert caught.value.param == "n"
+
+
+def test_a_prompt_of_a_wrong_type_is_named_without_our_types(client: OpenAI) -> None:
+    wrong: Any = {"text": "a"}
+    with pytest.raises(openai.BadRequestError, match="expected a string or an array, but got an object") as caught:
+        client.completions.create(model=ECHO, prompt=wrong)
+    assert caught.value.param == "prompt"
+
+
 def test_a_chat_only_model_is_a_404_that_points_to_chat(client: OpenAI, service: tuple[Platform, str, str]) -> None:
     add_base(service[0].db, service[0].storage, "chatty", capabilities=["chat"])
     with pytest.raises(openai.NotFoundError, match="chat/completions"):

@@ -101,6 +101,9 @@ def test_wrong_list_parameters_are_named(project_client: OpenAI) -> None:
         with pytest.raises(BadRequestError) as caught:
             project_client.files.list(extra_query=query)
         assert caught.value.param == name
+    with pytest.raises(BadRequestError) as surplus:
+        project_client.files.list(extra_query={"colour": "red"})
+    assert (surplus.value.code, surplus.value.param) == ("unknown_parameter", "colour")
     with pytest.raises(NotFoundError) as unknown:
         project_client.files.list(after="file-of-nobody")
     assert unknown.value.param == "after"

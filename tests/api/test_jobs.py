@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -18,7 +15,7 @@ from service.api.schemas import CreateJob
 from service.auth import Caller
 from service.jobs.states import JobState
 from service.platform import Platform
-from service.store import checkpoints, events, jobs, keys
+from service.store import checkpoints, jobs, keys
 from service.store.database import now
 from tests.api.conftest import BASE, SLASHED_BASE, NewClient, upload
 
@@ -103,6 +100,21 @@ def test_the_deprecated_hyperparameters_count_where_the_method_has_none(
         model=BASE, training_file=training_file, hyperparameters={"n_epochs": 3}, method={"type": "supervised"}
     )
     assert job.hyperparameters.n_epochs == 3
+
+
+def test_the_deprecated_hyperparameters_count_where_the_method_does_not_name_them(
+    project_client: OpenAI, training_file: str
+) -> None:
+    def create(**in_method: Any) -> Any:
+        method: Any = {"type": "supervised", "supervised": {"hyperparameters": in_method}}
+        made = project_client.fine_tuning.jobs.create(
+            model=BASE, training_file=training_file, hyperparameters={"n_epochs": 3}, method=method
+        )
+        return made.hyperparameters
+
+    assert create().n_epochs == 3
+    assert (create(batch_size=2).n_epochs, create(batch_size=2).batch_size) == (3, 2)
+    assert create(n_epochs="auto").n_epochs == "auto"
 
 
 def test_an_alias_of_a_base_starts_from_that_base(project_client: OpenAI, training_file: str) -> None:
@@ -248,101 +260,20 @@ def test_a_running_job_keeps_its_state_until_its_run_obeys(
     assert (cancelling.status, extra(cancelling, "desired")) == ("pausing", "cancel")
 
 
+@pytest.mark.parametrize("wish", ["cancel", "pause", "resume"])
+def test_a_wish_has_no_body(project_client: OpenAI, training_file: str, wish: str) -> None:
+    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
+    with pytest.raises(openai.BadRequestError, match="takes no body"):
+        getattr(project_client.fine_tuning.jobs, wish)(job.id, extra_body={"after_step": 5})
+    assert project_client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+
+
 @pytest.mark.parametrize("call", ["retrieve", "cancel", "pause", "resume", "list_events"])
 def test_an_unknown_job_is_a_404(client: OpenAI, call: str) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         getattr(client.fine_tuning.jobs, call)("ftjob-none")
     assert caught.value.code == "fine_tune_not_found"
     assert caught.value.request_id
-
-
-def add_events(platform: Platform, job_id: str, num: int) -> None:
-    with platform.db.write() as tx:
-        job = jobs.by_id(tx, job_id)
-        for step in range(1, num + 1):
-            data = {"step": step, "total_steps": num, "train_loss": 1.0}
-            events.add(tx, job, f"Step {step}/{num}: training loss=1.00", type="metrics", data=data)
-
-
-def test_events_are_paged_newest_first(project_client: OpenAI, platform: Platform, training_file: str) -> None:
-    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
-    add_events(platform, job.id, 8)
-    first = project_client.fine_tuning.jobs.list_events(job.id, limit=4)
-    assert first.data[0].message == "Step 8/8: training loss=1.00"
-    every = list(first)
-    assert len(every) == 10
-    assert every[-1].message == f"Created fine-tuning job: {job.id}"
-    assert (every[0].type, every[0].level, every[0].object) == ("metrics", "info", "fine_tuning.job.event")
-    assert every[0].data == {"step": 8, "total_steps": 8, "train_loss": 1.0}
-
-
-def read_stream(lines: Any) -> tuple[list[dict[str, Any]], bool]:
-    """The events of a stream, and whether it ended as it should."""
-    found: list[dict[str, Any]] = []
-    for line in lines:
-        if line == "data: [DONE]":
-            return found, True
-        if line.startswith("data: "):
-            found.append(json.loads(line.removeprefix("data: ")))
-    return found, False
-
-
-def test_events_are_streamed_from_the_start_until_the_job_is_over(
-    project_client: OpenAI, http: httpx2.Client, platform: Platform, training_file: str
-) -> None:
-    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
-    path = f"/v1/fine_tuning/jobs/{job.id}/events"
-    headers = {"authorization": f"Bearer {project_client.api_key}"}
-    with http.stream("GET", path, params={"stream": "true"}, headers=headers) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = answer.iter_lines()
-        while not (line := next(lines)).startswith("data: "):
-            pass
-        assert json.loads(line.removeprefix("data: "))["message"] == f"Created fine-tuning job: {job.id}"
-        add_events(platform, job.id, 5)  # while the stream is open
-        project_client.fine_tuning.jobs.cancel(job.id)
-        followed, is_complete = read_stream(lines)
-    assert is_complete
-    steps = [event["data"]["step"] for event in followed if event["type"] == "metrics"]
-    assert steps == [1, 2, 3, 4, 5]
-    assert followed[-1]["message"] == "The job was cancelled"
-
-    third = followed[3]["id"]
-    for resume in ({"params": {"stream": "true", "after": third}}, {"params": {"stream": "true"}}):
-        again = http.get(path, headers={**headers, "last-event-id": third}, **resume)  # type: ignore[arg-type]
-        assert read_stream(again.text.splitlines()) == (followed[4:], True)
-    unknown = http.get(path, headers=headers, params={"stream": "true", "after": "ftevent-none"})
-    assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "after")
-
-
-class _Finished(logging.Handler):
-    """Says when the request of a path was logged, which is when nothing works for it any more."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(logging.INFO)
-        self._path = path
-        self.seen = threading.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "fields", {}).get("path") == self._path:
-            self.seen.set()
-
-
-def test_a_client_that_leaves_ends_its_stream(
-    project_client: OpenAI, http: httpx2.Client, training_file: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file)
-    path = f"/v1/fine_tuning/jobs/{job.id}/events"
-    headers = {"authorization": f"Bearer {project_client.api_key}"}
-    finished = _Finished(path)
-    caplog.set_level(logging.INFO, logger="service")
-    logging.getLogger("service").addHandler(finished)
-    try:
-        with http.stream("GET", path, params={"stream": "true"}, headers=headers) as answer:
-            next(answer.iter_lines())
-        assert finished.seen.wait(5)
-    finally:
-        logging.getLogger("service").removeHandler(finished)
 
 
 def test_a_retry_that_overtakes_its_original_makes_one_job(platform: Platform, client: OpenAI, admin_key: str) -> None:
