@@ -19,15 +19,12 @@ from training.ray_run import fit
 from training.spec import TrainSpec
 from training.storage import Storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]  # starts a Ray of its own, so not beside tests/cluster
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A small cluster of its own, unless the tests share one already."""
-    if ray.is_initialized():
-        yield
-        return
+    """A small cluster of its own; tests that share the session's come later."""
     ray.init(address="local", include_dashboard=True, num_cpus=4, namespace="tests", log_to_driver=False)
     yield
     ray.shutdown()
