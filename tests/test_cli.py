@@ -146,6 +146,18 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
 
 
+def test_train_validates_on_a_share_of_the_rows_and_stops_early(
+    tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
+) -> None:
+    tunesmith("train", str(data), "--base-model", base, "--validation-split", "0.1", "--patience", "3")
+    extra = client.fine_tuning.jobs.list(limit=1).data[0].model_extra or {}
+    assert extra["validation_split"] == 0.1
+    assert extra["early_stopping"] == {"patience": 3, "min_delta": 0.0}
+    assert (
+        "--validation-split" in tunesmith("train", str(data), "--base-model", base, "--patience", "3", expect=2).output
+    )
+
+
 def test_a_bad_file_is_refused_with_the_numbers_of_its_lines(tunesmith: Tunesmith, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text((json.dumps(ROW) + "\n") * 10 + '{"messages": []}\n{oops\n')

@@ -42,11 +42,16 @@ class Manifest(Contract):
     base_content_hash: str
     fingerprint: Fingerprint
     spec: TrainSpec | None = None  # the resolved spec; None for a base
-    step: int | None = None
+    step: int | None = None  # that the weights are of
+    last_step: int | None = None  # of an artifact: the run's last, when its best checkpoint may be an earlier one
+
+    def stored(self) -> bytes:
+        """The canonical JSON. Fields that nobody set stay out: one added later changes no hash of old folders."""
+        return canonical_json(self.model_dump(mode="json", exclude_unset=True))
 
     def hash(self) -> str:
-        """sha256 of the canonical JSON: the same content gives the same hash."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        """sha256 of the stored bytes: the same content gives the same hash."""
+        return hashlib.sha256(self.stored()).hexdigest()
 
 
 class BrokenFolder(Exception):
@@ -75,7 +80,7 @@ def hash_files(storage: Storage, key: str, names: list[str]) -> dict[str, FileEn
 
 def commit(storage: Storage, key: str, manifest: Manifest) -> str:
     """Write the manifest, which makes the folder count; returns its hash."""
-    storage.write_bytes(f"{key}/{MANIFEST}", canonical_json(manifest.model_dump(mode="json")))
+    storage.write_bytes(f"{key}/{MANIFEST}", manifest.stored())
     return manifest.hash()
 
 

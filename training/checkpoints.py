@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from safetensors.torch import load_file
 
-from training.artifact import MANIFEST, read_manifest
+from training.artifact import MANIFEST, commit, read_manifest
 from training.export import OPTIMIZER_FILE, STATE_FILE, Exporter
 from training.failure import Failure
 from training.spec import Contract, TrainSpec
 from training.storage import Storage
+from training.validation_curve import ValidationCurve
 
 
 class TrainerState(Contract):
@@ -28,6 +30,7 @@ class TrainerState(Contract):
     train_mean_token_accuracy: float
     valid_loss: float | None = None
     valid_mean_token_accuracy: float | None = None
+    curve: ValidationCurve = ValidationCurve()
 
     def metrics(self) -> dict[str, float | None]:
         """The part that a `CheckpointSaved` item repeats."""
@@ -70,7 +73,6 @@ class Checkpoints:
             self.storage,
             self.key(state.step),
             scratch_dir,
-            "checkpoint",
             state.step,
             exporter.trainer.state(),
             state.model_dump_json(indent=2).encode(),
@@ -89,9 +91,39 @@ class Checkpoints:
         return self.state(steps[-1])
 
     def prune(self) -> list[int]:
-        """Delete all but the last k; returns the deleted steps. The manifest goes first, so that no torso counts."""
-        old = self.committed()[: -self.spec.keep_checkpoints]
+        """Delete all but `_to_keep`; returns the deleted steps. The manifest goes first, so that no torso counts."""
+        states = {step: self.state(step) for step in self.committed()}
+        kept = self._to_keep(states)
+        old = [step for step in states if step not in kept]
         for step in old:
             self.storage.delete(f"{self.key(step)}/{MANIFEST}")
             self.storage.delete(self.key(step))
         return old
+
+    def _to_keep(self, states: dict[int, TrainerState]) -> set[int]:
+        """The newest, the last k, and the best of each of these: whichever a run goes on from, its best is there.
+
+        One written between the intervals, only because it was the best, does not count among the k: a loss that falls
+        at every evaluation would push the others out.
+        """
+        newest = max(states)
+        lasting = [step for step, state in states.items() if not self._is_passing(state)]
+        kept = {newest, *lasting[-self.spec.keep_checkpoints :]}
+        return kept | {best for step in kept if (best := states[step].curve.best_step) is not None}
+
+    def _is_passing(self, state: TrainerState) -> bool:
+        """Whether a checkpoint was written only because its evaluation was the best so far."""
+        is_due = state.step == state.total_steps or state.step % cast(int, self.spec.checkpoint_interval) == 0
+        return state.curve.best_step == state.step and not is_due
+
+    def promote(self, step: int, key: str, last_step: int) -> str:
+        """Make the run's artifact of a checkpoint: its servable files, manifest last; returns the manifest's hash."""
+        manifest = read_manifest(self.storage, self.key(step))
+        assert manifest is not None, f"the checkpoint of step {step} is gone"
+        files = {name: entry for name, entry in manifest.files.items() if name not in (OPTIMIZER_FILE, STATE_FILE)}
+        self.storage.delete(key)
+        for name in files:
+            self.storage.copy(f"{self.key(step)}/{name}", f"{key}/{name}")
+        kind = "full" if self.spec.adapter is None else "adapter"
+        changes = {"kind": kind, "files": files, "last_step": last_step}
+        return commit(self.storage, key, manifest.model_copy(update=changes))

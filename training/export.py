@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -75,23 +75,20 @@ class Exporter:
         storage: Storage,
         key: str,
         scratch_dir: Path,
-        kind: Literal["checkpoint", "adapter", "full"],
         step: int,
-        tensors: dict[str, torch.Tensor] | None = None,
-        state: bytes | None = None,
+        tensors: dict[str, torch.Tensor],
+        state: bytes,
     ) -> str:
-        """Write a whole folder to storage, over any unfinished one, and commit it; returns the manifest's hash."""
+        """Write a whole checkpoint to storage, over any unfinished one, and commit it; returns the manifest's hash."""
         staging = scratch_dir / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         self.write(staging)
-        if tensors is not None:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / OPTIMIZER_FILE)
-        if state is not None:
-            (staging / STATE_FILE).write_bytes(state)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / OPTIMIZER_FILE)
+        (staging / STATE_FILE).write_bytes(state)
         names = [file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()]
         manifest = Manifest(
-            kind=kind,
+            kind="checkpoint",
             files=hash_files(Storage(str(scratch_dir)), "staging", names),  # read here, not back from far storage
             base_id=self.spec.base.id,
             base_content_hash=self.spec.base.content_hash,

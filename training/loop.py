@@ -1,7 +1,7 @@
 """One run, from a resolved spec to an artifact. The same on a laptop, under torchrun and under Ray Train.
 
-The cycle: set up → resume → steps, with evaluations and checkpoints at their intervals → export. Rank 0 writes and
-reports. What a retry would not mend is returned as an outcome; only crashes raise.
+The cycle: set up → resume → steps, with evaluations and checkpoints at their intervals → the best checkpoint becomes
+the artifact. Rank 0 writes and reports. What a retry would not mend is returned as an outcome; only crashes raise.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from training.progress import (
 from training.reporter import Reporter
 from training.spec import TrainSpec
 from training.storage import Storage
+from training.validation_curve import ValidationCurve
 
 METHODS = {"supervised": supervised}
 WISHES = list(Wish)
@@ -88,31 +89,40 @@ class _Run:
         self.step = 0
         self.num_trained_tokens = 0
         self.evaluation: tuple[int, Evaluation] | None = None  # the last one and its step
+        self.curve = ValidationCurve()
 
     def go(self) -> Outcome:
         """The whole cycle."""
         artifact = read_manifest(self.storage, self.artifact_key)
         if artifact is not None:
             self._say_known_checkpoints()
+            self.step = artifact.last_step or artifact.step or 0
             return self._finish(artifact.hash(), artifact.step or 0)
         self._agree_on(self._set_up)
         self._say_known_checkpoints()
         if self._agreed_wish() is Wish.CANCEL:
             return self._stop(Wish.CANCEL)
-        while self.step < self.batches.total_steps:
+        while not self._is_complete():
             self.step += 1
             wish = self._train_step()
-            is_last = self.step == self.batches.total_steps
             if wish is Wish.CANCEL:
                 return self._stop(wish)
-            if wish is Wish.CHECKPOINT_AND_STOP and not is_last:
+            self._evaluate_if_due()  # also before a stop: a resumed run must know what an uninterrupted one would
+            stops = wish is Wish.CHECKPOINT_AND_STOP and not self._is_complete()
+            if stops or self._is_checkpoint_due():
                 self._save_checkpoint()
+            if stops:
                 return self._stop(wish)
-            if is_last or self.step % cast(int, self.spec.eval_interval) == 0:
-                self._evaluate()
-            if is_last or self.step % cast(int, self.spec.checkpoint_interval) == 0:
-                self._save_checkpoint()
         return self._export()
+
+    def _is_complete(self) -> bool:
+        """Whether there is nothing more to train."""
+        return self.step == self.batches.total_steps or self.curve.has_lost_patience(self.spec.early_stopping)
+
+    def _is_checkpoint_due(self) -> bool:
+        """At intervals, at the end, and whenever an evaluation was the best: that checkpoint may become the model."""
+        is_at_interval = self.step % cast(int, self.spec.checkpoint_interval) == 0
+        return is_at_interval or self._is_complete() or self.curve.best_step == self.step
 
     def _set_up(self) -> None:
         """Data, model, optimizer; then the last committed checkpoint, if there is one."""
@@ -134,7 +144,7 @@ class _Run:
         state = self.checkpoints.restore(self.exporter)
         if state is not None:
             assert state.total_steps == self.batches.total_steps, "the data changed under a run"
-            self.step, self.num_trained_tokens = state.step, state.num_trained_tokens
+            self.step, self.num_trained_tokens, self.curve = state.step, state.num_trained_tokens, state.curve
             self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy
             self.reporter.say(Message, text=f"Resumed from the checkpoint of step {state.step}.")
 
@@ -216,17 +226,22 @@ class _Run:
         digest = hashlib.sha256(f"{self.spec.seed} {self.step} {self.workers.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def _evaluate(self) -> None:
-        if not self.valid_set:
+    def _evaluate_if_due(self) -> None:
+        """Validate at intervals and after the last step, when there is something to validate on."""
+        is_due = self.step == self.batches.total_steps or self.step % cast(int, self.spec.eval_interval) == 0
+        if not self.valid_set or not is_due:
             return
         hyper = self.spec.hyperparameters
         parts = self.workers.size * cast(int, hyper.gradient_accumulation_steps)
         micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
         result = evaluate(self.model, self.method.loss_sums, self.valid_set, self.workers, micro_batch_size)
         self.evaluation = (self.step, result)
+        self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(
             EvalMetrics, step=self.step, valid_loss=result.loss, valid_mean_token_accuracy=result.accuracy
         )
+        if (warning := self.curve.warning(self.step)) is not None:
+            self.reporter.say(Message, level="warn", text=warning)
 
     def _save_checkpoint(self) -> None:
         """Checkpoint of exactly this step, then make room."""
@@ -242,6 +257,7 @@ class _Run:
             train_mean_token_accuracy=self.train_accuracy,
             valid_loss=evaluation.loss if evaluation else None,
             valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
+            curve=self.curve,
         )
         manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir)
         self._say_checkpoint(state, manifest_hash)
@@ -259,16 +275,17 @@ class _Run:
         self.reporter.say(CheckpointSaved, step=state.step, key=key, manifest_hash=manifest_hash, **state.metrics())
 
     def _export(self) -> Outcome:
-        """Write the final artifact."""
+        """The best checkpoint becomes the artifact; without a validation set, the last one."""
         if self.workers.rank != 0:
             return Outcome("finished", self.step)
-        kind: Literal["adapter", "full"] = "full" if self.spec.adapter is None else "adapter"
-        manifest_hash = self.exporter.commit(self.storage, self.artifact_key, self.scratch_dir, kind, self.step)
-        return self._finish(manifest_hash, self.step)
+        for text in self.curve.endings(self.step, self.batches.total_steps, self.spec.early_stopping):
+            self.reporter.say(Message, text=text)
+        step = self.step if self.curve.best_step is None else self.curve.best_step
+        return self._finish(self.checkpoints.promote(step, self.artifact_key, self.step), step)
 
     def _finish(self, manifest_hash: str, step: int) -> Outcome:
         self.reporter.say(ArtifactWritten, key=self.artifact_key, manifest_hash=manifest_hash, step=step)
-        return Outcome("finished", step)
+        return Outcome("finished", self.step)
 
     def _stop(self, wish: Wish) -> Outcome:
         self.reporter.say(Stopped, wish=wish, step=self.step)

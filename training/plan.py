@@ -149,6 +149,9 @@ def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
     if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
         message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
         raise PlanError("invalid_value", message, f"{_HYPER}.batch_size")
+    if spec.early_stopping is not None and not spec.validates():
+        message = "early_stopping needs a validation file or a validation_split."
+        raise PlanError("invalid_value", message, "early_stopping")
     if spec.adapter is not None:
         _check_adapter(spec.adapter, shape)
 

@@ -75,7 +75,7 @@ class CheckpointSaved(Item):
 
 
 class CheckpointDeleted(Item):
-    """An older checkpoint was removed to keep the last k."""
+    """An older checkpoint was removed to keep the last k and the best."""
 
     kind: Literal["checkpoint_deleted"] = "checkpoint_deleted"
     step: int
@@ -88,7 +88,7 @@ class ArtifactWritten(Item):
     kind: Literal["artifact"] = "artifact"
     key: str
     manifest_hash: str
-    step: int
+    step: int  # that the weights are of: with a validation set the best, otherwise the last
 
 
 class Stopped(Item):

@@ -59,6 +59,13 @@ class Hyperparameters(Contract):
     max_length: PositiveInt | Auto = AUTO  # tokens per example; longer ones are refused by plan, never cut silently
 
 
+class EarlyStopping(Contract):
+    """Train no further once the validation loss has not improved by `min_delta` for `patience` evaluations."""
+
+    patience: PositiveInt
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+
+
 class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
@@ -74,7 +81,12 @@ class TrainSpec(Contract):
     num_workers: PositiveInt = 1
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
-    keep_checkpoints: PositiveInt = 3  # the last k stay; older ones are deleted
+    keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
+    early_stopping: EarlyStopping | None = None  # needs a validation file or split
+
+    def validates(self) -> bool:
+        """Whether examples are asked to be held out or given for validation."""
+        return self.validation_key is not None or self.validation_split > 0
 
     def unresolved(self) -> list[str]:
         """Names of the fields still on auto, dotted; empty when the spec can be run."""

@@ -53,6 +53,12 @@ class Storage:
         with self.open_read(key) as file:
             return file.read()
 
+    def copy(self, source: str, target: str) -> None:
+        """Copy one file, inside the store where it can do that by itself."""
+        path = self.path(target)
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self.fs.cp_file(self.path(source), path)
+
     def exists(self, key: str) -> bool:
         """Whether a file or folder is at the key (asked afresh, no listing cache)."""
         self.fs.invalidate_cache()

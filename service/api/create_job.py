@@ -16,7 +16,7 @@ from service.platform import Platform
 from service.store import bases, events, files, jobs, keys
 from service.store.tables import File, Job
 from training.artifact import canonical_json
-from training.spec import AUTO, BaseRef, Hyperparameters, TrainSpec
+from training.spec import AUTO, BaseRef, EarlyStopping, Hyperparameters, TrainSpec
 
 MADE_BY_RETRY = "_made_by_retry"  # mark in a job's stored request; no field of a body can have this name
 MAX_SHOWN_FAULTS = 3
@@ -91,6 +91,7 @@ def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -
         num_workers=body.num_workers,
         eval_interval=body.eval_interval,
         checkpoint_interval=body.checkpoint_interval,
+        early_stopping=EarlyStopping(**body.early_stopping.model_dump()) if body.early_stopping else None,
     )
 
 
@@ -104,6 +105,11 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         raise InvalidRequest(
             "'validation_split' holds examples out where no 'validation_file' is given; give one of them.",
             param="validation_split",
+        )
+    if body.early_stopping is not None and body.validation_file is None and not body.validation_split:
+        raise InvalidRequest(
+            "'early_stopping' watches the validation loss; give a 'validation_file' or a 'validation_split' with it.",
+            param="early_stopping",
         )
     if body.num_workers > max_workers:
         raise InvalidRequest(

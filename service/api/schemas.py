@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from training.spec import AUTO, Auto, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
+from training.spec import AUTO, Auto, EarlyStopping, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
 
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
@@ -136,6 +136,12 @@ class Adapter(LoraSpec):
         return LoraSpec.model_validate(self.model_dump(exclude={"type"}))
 
 
+class WireEarlyStopping(EarlyStopping):
+    """When to train no further, with strict JSON types."""
+
+    model_config = ConfigDict(strict=True)
+
+
 class CreateJob(Wire):
     """Body of POST /v1/fine_tuning/jobs: OpenAI's fields, then ours."""
 
@@ -152,6 +158,7 @@ class CreateJob(Wire):
     adapter: Adapter = Adapter()
     num_workers: PositiveInt = 1
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    early_stopping: WireEarlyStopping | None = None
     precision: Literal["fp32", "bf16"] | Auto = AUTO
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO

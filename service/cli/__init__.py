@@ -75,6 +75,12 @@ def train(
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")
     ] = None,
+    validation_split: Annotated[
+        float | None, typer.Option(min=0, max=0.5, help="Share of the rows to measure on.", show_default="none")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many evaluations without a lower validation loss.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, max=50, show_default="auto")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Absolute.", show_default="auto")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
@@ -90,7 +96,11 @@ def train(
 
     if full and rank is not None:
         raise typer.BadParameter("--rank belongs to LoRA and cannot go with --full.")
-    wishes = jobs.TrainWishes(base_model, suffix, epochs, learning_rate, full, rank, workers)
+    if patience is not None and validation_file is None and not validation_split:
+        raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
+    wishes = jobs.TrainWishes(
+        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience
+    )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))
 

@@ -32,6 +32,8 @@ class TrainWishes:
     full: bool = False
     rank: int | None = None
     workers: int = 1
+    validation_split: float | None = None
+    patience: int | None = None
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
@@ -47,10 +49,10 @@ class TrainWishes:
             body["adapter"] = {"type": "none"}
         elif self.rank is not None:
             body["adapter"] = {"type": "lora", "rank": self.rank}
-        for name, value in (("suffix", self.suffix), ("validation_file", validation_file)):
-            if value is not None:
-                body[name] = value
-        return body
+        if self.patience is not None:
+            body["early_stopping"] = {"patience": self.patience}
+        extra = {"suffix": self.suffix, "validation_file": validation_file, "validation_split": self.validation_split}
+        return body | {name: value for name, value in extra.items() if value is not None}
 
 
 def train(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes, *, wait: bool) -> int:
@@ -107,10 +109,12 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
                     )
                 elif event["type"] == "message":
                     bar.console.print(escape(event["message"]), soft_wrap=True)
+            job = client.fine_tuning.jobs.retrieve(job_id)
+            if job.status == "succeeded":
+                bar.update(task, total=bar.tasks[0].completed)  # it may have stopped before its last planned step
     except KeyboardInterrupt:
         console.print(f"Stopped watching; the job goes on. Stop it with: tunesmith jobs {job_id} --cancel")
         return 0
-    job = client.fine_tuning.jobs.retrieve(job_id)
     if job.status == "succeeded":
         console.print(f"[green]Succeeded.[/] Talk to it: tunesmith chat {escape(job.fine_tuned_model or '')}")
         return 0

@@ -41,15 +41,15 @@ def find_leftover(storage: Storage, job_id: str, last_step: int) -> tuple[str, s
     """Key and manifest hash of an artifact that an earlier attempt finished but could not publish.
 
     One that is broken, or ahead of the rows, is removed, so that training writes it anew. Rows are stored in order:
-    with the checkpoint of the artifact's own step (`last_step`), all numbers up to it are there.
+    with the checkpoint of the run's last step, all numbers up to it are there. `last_step` is the last one recorded.
     """
     key = artifact_key(job_id)
     manifest = read_manifest(storage, key)
     if manifest is None:
         return None
     try:
-        if manifest.step != last_step:
-            raise BrokenFolder(f"{key}: of step {manifest.step}, and rows were stored up to step {last_step}")
+        if manifest.last_step != last_step:
+            raise BrokenFolder(f"{key}: of a run to step {manifest.last_step}, and rows were stored up to {last_step}")
         verify(storage, key, manifest.hash())
     except BrokenFolder:
         log.exception("removing an artifact of job %s", job_id)

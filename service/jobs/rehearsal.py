@@ -112,6 +112,7 @@ class _Rehearsed:
                 "fingerprint": _FINGERPRINT,
                 "spec": self.spec,
                 "step": step,
+                "last_step": None if kind == "checkpoint" else step,
             }
         )
         return commit(self.storage, key, manifest)

@@ -184,6 +184,12 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
         ({"num_workers": 5}, "num_workers", "invalid_value"),
         ({"validation_split": 0.6}, "validation_split", "invalid_value"),
         ({"validation_split": 0.1, "validation_file": "file-2"}, "validation_split", "invalid_value"),
+        ({"early_stopping": {"patience": 2}}, "early_stopping", "invalid_value"),  # nothing to watch
+        ({"early_stopping": {}, "validation_split": 0.1}, "early_stopping.patience", "missing_required_parameter"),
+        ({"early_stopping": {"patience": 0}}, "early_stopping.patience", "invalid_value"),
+        ({"early_stopping": {"patience": "2"}}, "early_stopping.patience", "invalid_type"),
+        ({"early_stopping": {"patience": 2, "min_delta": -1}}, "early_stopping.min_delta", "invalid_value"),
+        ({"early_stopping": {"patience": 2, "metric": "loss"}}, "early_stopping.metric", "unknown_parameter"),
         ({"precision": "fp8"}, "precision", "invalid_value"),
         ({"eval_interval": 0}, "eval_interval", "invalid_value"),
     ],
@@ -274,6 +280,7 @@ BODIES: dict[str, tuple[str, ...]] = {
     f"POST {JOBS}": (
         *("model", "training_file", "validation_file", "suffix", "seed", "metadata", "integrations", "method"),
         *("hyperparameters", "adapter", "num_workers", "validation_split", "precision", "priority", "eval_interval"),
+        "early_stopping",
     ),
     "POST /v1/keys": ("name", "scopes", "project_id"),
     "POST /v1/bases": ("id", "source", "revision"),

@@ -21,8 +21,10 @@ T = TypeVar("T")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs the cluster, and most of it the real models. Tests that start a Ray of their own come before
-    those that share the session's: two on one machine confuse each other."""
+    """Everything here needs the cluster, and most of it the real models.
+
+    Tests that start a Ray of their own come before those that share the session's: two at a time confuse each other.
+    """
     items.sort(key=lambda item: "service" in getattr(item, "fixturenames", ()))
     for item in items:
         if Path(__file__).parent in item.path.parents:

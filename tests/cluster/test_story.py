@@ -88,7 +88,7 @@ def test_events_checkpoints_and_results_tell_the_run(client: OpenAI, lora_job: F
     assert sorted(set(steps)) == list(range(1, 13)), steps  # 32 rows, 4 steps an epoch, 3 epochs
     assert events[0].created_at >= events[-1].created_at
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(lora_job.id))
-    assert [checkpoint.step_number for checkpoint in checkpoints] == [12, 8, 4]
+    assert {checkpoint.step_number for checkpoint in checkpoints} >= {12, 8, 4}  # and the best
     assert ask(client, checkpoints[-1].fine_tuned_model_checkpoint)
     content = client.files.content(lora_job.result_files[0]).text
     rows = list(csv.DictReader(io.StringIO(content)))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
+from sqlalchemy import select
 
 from service.jobs.launchers import LoopFit
 from service.jobs.states import JobState
 from service.jobs.tasks import Workbench, import_base
-from service.store import bases, jobs, models, tasks
-from service.store.tables import BaseModel
+from service.store import bases, checkpoints, jobs, metrics, models, tasks
+from service.store.tables import BaseModel, Checkpoint
 from tests.jobs.world import GOOD_LINES, PROJECT, World
 from tests.shared import MODELS, needs_shared
 from training.artifact import verify
-from training.spec import BaseRef, Hyperparameters, TrainSpec
+from training.spec import BaseRef, EarlyStopping, Hyperparameters, TrainSpec
 from training.storage import Storage
 
 pytestmark = needs_shared
@@ -44,22 +45,17 @@ def add_base(world: World, source: str) -> BaseModel:
     return find()
 
 
-def spec_on(base: BaseModel) -> TrainSpec:
+def spec_on(base: BaseModel, **changes: Any) -> TrainSpec:
     """A short run on the base, nearly all of it on auto."""
     assert base.storage_key is not None
     assert base.content_hash is not None
-    return TrainSpec(
-        base=BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash),
-        training_key="-",
-        hyperparameters=Hyperparameters(n_epochs=2, batch_size=4),
-        validation_split=0.2,
-        checkpoint_interval=2,
-    )
-
-
-def losses(csv: str) -> list[list[str]]:
-    """Step, training loss and accuracy of each line; a run that stops at a step may skip that step's validation."""
-    return [line.split(",")[:3] for line in csv.splitlines()]
+    fields: dict[str, Any] = {
+        "hyperparameters": Hyperparameters(n_epochs=2, batch_size=4),
+        "validation_split": 0.2,
+        "checkpoint_interval": 2,
+    }
+    ref = BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash)
+    return TrainSpec(base=ref, training_key="-", **(fields | changes))
 
 
 def test_a_job_is_planned_trained_and_published(world: World) -> None:
@@ -89,8 +85,30 @@ def test_a_paused_and_resumed_job_gives_the_result_of_an_uninterrupted_one(world
     if world.job(job).state == JobState.PAUSED:
         world.wish(jobs.request_resume, job)
     world.tick_to(job, JobState.SUCCEEDED)
-    assert losses(world.result_csv(job)) == losses(world.result_csv(whole))
+    assert world.result_csv(job) == world.result_csv(whole)
     assert world.job(job).trained_tokens == whole.trained_tokens
+
+
+def test_a_job_that_stops_early_succeeds_with_its_best_step(world: World) -> None:
+    base = add_base(world, str(MODELS / "stories260K"))
+    hyper = Hyperparameters(n_epochs=30, batch_size=4, learning_rate=0.05, lr_scheduler="constant")
+    spec = spec_on(base, hyperparameters=hyper, eval_interval=1, early_stopping=EarlyStopping(patience=2))
+    job = world.tick_to(world.create(world.upload(GOOD_LINES), spec), JobState.SUCCEEDED)
+    assert job.plan is not None
+    rows = [line.split(",") for line in world.result_csv(job).splitlines()[1:]]
+    last = int(rows[-1][0])
+    assert [int(row[0]) for row in rows] == list(range(1, last + 1))
+    assert last < job.plan["total_steps"]
+    best = min(rows, key=lambda row: float(row[3]))
+    with world.db.read() as tx:
+        model = models.get(tx, PROJECT, job.fine_tuned_model or "")
+        curve = metrics.merged(tx, job.id, "step")
+        assert any(row.step == model.step for row in tx.scalars(select(Checkpoint).where(*checkpoints.of_job(job.id))))
+    assert model.step == int(best[0]) == last - 2
+    assert job.trained_tokens == sum(row.data["num_trained_tokens"] for row in curve)
+    assert job.estimated_finish_at is None
+    assert any(text.startswith(f"Stopped early at step {last}: ") for text in world.messages(job))
+    assert any(text.startswith(f"The model is the checkpoint of step {best[0]},") for text in world.messages(job))
 
 
 def test_a_job_that_cannot_work_fails_before_it_is_queued(world: World) -> None:

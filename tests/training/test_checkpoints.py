@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training.runs import BASE_KEY, Recorder, make_base, make_spec
-from training.artifact import MANIFEST, verify
+from training.artifact import MANIFEST, canonical_json, verify
 from training.loop import run
 from training.progress import CheckpointSaved, Message, StepMetrics, Wish
 from training.storage import Storage
@@ -68,6 +70,16 @@ def test_a_run_killed_before_its_artifact_only_exports(storage: Storage, tmp_pat
     assert not again.of(StepMetrics)
     found = load_file(storage.local_folder("runs/one/artifact") / "adapter_model.safetensors")
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_folder_of_a_version_without_newer_fields_keeps_its_hash(storage: Storage, tmp_path: Path) -> None:
+    run(make_spec(storage, make_base(storage), n_epochs=1), storage, "runs/one", Recorder(), tmp_path)
+    old = json.loads(storage.read_bytes(f"runs/one/artifact/{MANIFEST}"))
+    del old["last_step"]
+    assert "early_stopping" not in old["spec"]
+    stored = canonical_json(old)
+    storage.write_bytes(f"runs/one/artifact/{MANIFEST}", stored)
+    assert verify(storage, "runs/one/artifact", hashlib.sha256(stored).hexdigest()).last_step is None
 
 
 def test_checkpoints_of_another_spec_are_refused(storage: Storage, tmp_path: Path) -> None:

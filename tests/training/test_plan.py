@@ -12,7 +12,7 @@ import pytest
 from training import auto
 from training.bases import import_base
 from training.plan import PlanError, load_examples, plan
-from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.spec import BaseRef, EarlyStopping, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -167,6 +167,7 @@ def test_too_long_examples_are_refused_not_cut(make: Maker) -> None:
             {"hyper": {"batch_size": 4, "gradient_accumulation_steps": 5}},
             "method.supervised.hyperparameters.gradient_accumulation_steps",
         ),
+        ({"early_stopping": EarlyStopping(patience=1)}, "early_stopping"),
         ({"adapter": LoraSpec(rank=65)}, "adapter.rank"),
         ({"adapter": LoraSpec(targets=("q_proj", "c_attn"))}, "adapter.targets"),
         ({"adapter": LoraSpec(targets=("proj",))}, "adapter.targets"),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import make_base, make_spec
-from training.spec import TrainSpec
+from tests.training.runs import make_base, make_spec, write_rows
+from training.artifact import read_manifest
+from training.spec import EarlyStopping, TrainSpec
 from training.storage import Storage
 
 pytestmark = pytest.mark.torchrun
@@ -92,3 +93,22 @@ def test_a_faulty_spec_is_one_clear_line_and_exit_code_one(storage: Storage) -> 
     assert done.returncode == 1
     assert done.stderr.startswith("cannot start:")
     assert "Traceback" not in done.stderr
+
+
+def test_several_workers_agree_on_the_best_step_and_when_to_stop(storage: Storage) -> None:
+    fields: dict[str, Any] = {
+        "n_epochs": 8,
+        "batch_size": 6,
+        "learning_rate": 0.05,
+        "lr_scheduler": "constant",
+        "eval_interval": 1,
+    }
+    fields |= {"validation_key": write_rows(storage, "files/valid", 4, first=500)}
+    fields |= {"early_stopping": EarlyStopping(patience=2), "num_workers": 2}
+    items = train(storage, make_spec(storage, make_base(storage), **fields), "runs/one")
+    losses = {item["step"]: item["valid_loss"] for item in items if item["kind"] == "eval"}
+    best = min(losses, key=lambda step: (losses[step], step))
+    manifest = read_manifest(storage, "runs/one/artifact")
+    assert manifest is not None
+    assert (manifest.step, manifest.last_step) == (best, max(losses))
+    assert max(losses) == best + 2 < 16
