@@ -88,6 +88,7 @@ class _Run:
         self.step = 0
         self.num_trained_tokens = 0
         self.evaluation: tuple[int, Evaluation] | None = None  # the last one and its step
+        self.owes_evaluation = False
 
     def go(self) -> Outcome:
         """The whole cycle."""
@@ -99,6 +100,8 @@ class _Run:
         self._say_known_checkpoints()
         if self._agreed_wish() is Wish.CANCEL:
             return self._stop(Wish.CANCEL)
+        if self.owes_evaluation:
+            self._evaluate()
         while self.step < self.batches.total_steps:
             self.step += 1
             wish = self._train_step()
@@ -136,6 +139,8 @@ class _Run:
             assert state.total_steps == self.batches.total_steps, "the data changed under a run"
             self.step, self.num_trained_tokens = state.step, state.num_trained_tokens
             self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy
+            # A run that was told to stop did not take the time for it.
+            self.owes_evaluation = state.valid_loss is None and self.step % cast(int, spec.eval_interval) == 0
             self.reporter.say(Message, text=f"Resumed from the checkpoint of step {state.step}.")
 
     def _build_model(self, base_folder: Path) -> None:
