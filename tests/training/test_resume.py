@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.runs import Recorder, make_base, make_spec
+from tests.training.runs import Recorder, make_base, make_spec, write_rows
 from training.loop import run
-from training.progress import CheckpointSaved, EvalMetrics, StepMetrics
+from training.progress import CheckpointSaved, EvalMetrics, StepMetrics, Wish
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -53,3 +53,14 @@ def test_ten_steps_are_five_and_five_more(tmp_path: Path, changes: dict[str, Any
     assert found.keys() == expected.keys()
     assert all(tensor.equal(expected[name]) for name, tensor in found.items())
     assert resumed.of(CheckpointSaved)[-1].manifest_hash == whole.of(CheckpointSaved)[-1].manifest_hash
+
+
+def test_a_pause_leaves_no_evaluation_out(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "storage"))
+    valid = write_rows(storage, "files/valid", num_rows=2)
+    spec = make_spec(storage, make_base(storage), n_epochs=6, validation_key=valid, eval_interval=1)
+    whole, paused, resumed = Recorder(), Recorder(Wish.CHECKPOINT_AND_STOP, at_step=1), Recorder()
+    run(spec, storage, "runs/whole", whole, tmp_path)
+    assert run(spec, storage, "runs/paused", paused, tmp_path).status == "stopped"
+    run(spec, storage, "runs/paused", resumed, tmp_path)
+    assert figures(paused) + figures(resumed) == figures(whole)
