@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from training.spec import AUTO, Auto, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
+from training.spec import AUTO, Auto, DpoSpec, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
 
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
@@ -69,15 +69,26 @@ def _no_integrations(value: Any) -> Any:
     return _refuse(value, "Unsupported parameter: 'integrations'. This service sends nothing to third parties.")
 
 
-def _only_supervised(value: Any) -> Any:
-    if value in ("dpo", "reinforcement"):
-        why = f"Unsupported parameter: 'method.type' cannot be '{value}' here. Supported is 'supervised'."
+def _no_reinforcement(value: Any) -> Any:
+    if value == "reinforcement":
+        why = (
+            "Unsupported parameter: 'method.type' cannot be 'reinforcement' here. Supported are 'supervised' and 'dpo'."
+        )
         raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
     return value
 
 
 def _no_other_method(value: Any) -> Any:
-    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised' only.")
+    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised' or 'dpo' only.")
+
+
+def _only_of_its_type(value: Any, info: ValidationInfo) -> Any:
+    if info.data.get("type", info.field_name) == info.field_name:
+        return value
+    return _refuse(value, f"Unsupported parameter: 'method.{info.field_name}' needs 'method.type' '{info.field_name}'.")
+
+
+_Part = TypeVar("_Part", bound=BaseModel)
 
 
 class TopHyperparameters(Wire):
@@ -100,12 +111,22 @@ class Supervised(Wire):
     hyperparameters: WireHyperparameters | None = None
 
 
+class WireDpoHyperparameters(WireHyperparameters, DpoSpec):
+    """The same, and the settings of the method `dpo`."""
+
+
+class Dpo(Wire):
+    """Settings of the method `dpo`."""
+
+    hyperparameters: WireDpoHyperparameters | None = None
+
+
 class Method(Wire):
     """How to fine-tune."""
 
-    type: Annotated[Literal["supervised"], BeforeValidator(_only_supervised)]
-    supervised: Supervised | None = None
-    dpo: Annotated[None, BeforeValidator(_no_other_method)] = None
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_no_reinforcement)]
+    supervised: Annotated[Supervised | None, BeforeValidator(_only_of_its_type)] = None
+    dpo: Annotated[Dpo | None, BeforeValidator(_only_of_its_type)] = None
     reinforcement: Annotated[None, BeforeValidator(_no_other_method)] = None
 
 
@@ -153,12 +174,30 @@ class CreateJob(Wire):
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
 
+    @property
+    def method_type(self) -> Literal["supervised", "dpo"]:
+        """How to fine-tune; `supervised` unless the body says otherwise."""
+        return "supervised" if self.method is None else self.method.type
+
     def effective_hyperparameters(self) -> Hyperparameters:
         """Those of `method` where it has some, otherwise the deprecated top-level ones."""
-        chosen: BaseModel | None = self.hyperparameters
-        if self.method is not None and self.method.supervised is not None:
-            chosen = self.method.supervised.hyperparameters or chosen
-        return Hyperparameters.model_validate(chosen.model_dump() if chosen is not None else {})
+        chosen = self._of_method() or self.hyperparameters
+        return Hyperparameters() if chosen is None else _part_of(chosen, Hyperparameters)
+
+    def dpo_settings(self) -> DpoSpec | None:
+        """What a job of the method `dpo` needs beside its hyperparameters; None for other methods."""
+        if self.method_type != "dpo":
+            return None
+        chosen = self._of_method()
+        return DpoSpec() if chosen is None else _part_of(chosen, DpoSpec)
+
+    def _of_method(self) -> WireHyperparameters | None:
+        settings = None if self.method is None else (self.method.supervised or self.method.dpo)
+        return None if settings is None else settings.hyperparameters
+
+
+def _part_of(chosen: BaseModel, contract: type[_Part]) -> _Part:
+    return contract.model_validate(chosen.model_dump(include=set(contract.model_fields)))
 
 
 def check_base_id(base_id: str) -> str:
