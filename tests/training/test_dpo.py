@@ -119,7 +119,7 @@ def check_gradients(model: PreTrainedModel, plain: PreTrainedModel) -> None:
         pairs = [(param.grad, expected[name]) for name, param in model.named_parameters()]
     assert pairs
     for found, wanted in pairs:
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.detach().abs().max().item())
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -258,7 +258,7 @@ def test_a_long_side_and_outputs_that_render_alike_are_refused(storage: Storage)
     alike["non_preferred_output"] = [{**alike["preferred_output"][0], "name": "bob"}]
     rows[3], rows[5] = json.dumps(long), json.dumps(alike)
     storage.write_bytes("files/bad", "\n".join(rows).encode())
-    with pytest.raises(PlanError, match="line 4: .*at most 128 are allowed.*line 6: the chat template writes both"):
+    with pytest.raises(PlanError, match=r"line 4: .*at most 128 are allowed.*line 6: the chat template writes both"):
         plan(make_dpo_spec(storage, base, training_key="files/bad"), storage)
 
 
