@@ -55,7 +55,7 @@ def beta(loss_type: str) -> float:
 
 
 def gamma(loss_type: str) -> float:
-    """1.0 for SimPO: half its beta, where its authors suggest to start (Meng et al. 2024). Other losses have no margin."""
+    """1.0 for SimPO: half its beta, where Meng et al. 2024 suggest to start. Others have no margin."""
     return 1.0 if loss_type == "simpo" else 0.0
 
 
