@@ -32,16 +32,31 @@ def batch_size(num_examples: int, num_workers: int) -> int:
     return num_workers * ceil(size / num_workers)
 
 
-def learning_rate(hidden_size: int, *, lora: bool) -> float:
+_RATE_SHARES = {"supervised": 1.0, "dpo": 0.1}
+
+
+def learning_rate(hidden_size: int, *, lora: bool, method: str = "supervised") -> float:
     """5e-5 * (2000 / width) ** 0.78, and ten times that for LoRA; within 1e-4 to 2e-3 (LoRA), 1e-5 to 1e-3 (full).
 
     LoRA's best rate is about ten times that of full fine-tuning, whatever the rank, when alpha is 32; the width's
     exponent is the one fitted for Llama-type models (Schulman et al. 2025, "LoRA Without Regret", and the get_lr of
-    its authors' cookbook)."""
+    its authors' cookbook). DPO takes a tenth, the bold end of what is customary: the alignment handbook goes from 2e-5
+    to 5e-7 (full) and from 2e-4 to 5e-6 (LoRA) for Zephyr (Tunstall et al. 2023, "Zephyr: Direct Distillation of LM
+    Alignment"); at a supervised rate a preference loss drives the probabilities of both answers down."""
     rate = 5e-5 * (2000 / hidden_size) ** 0.781
     low, high = (1e-4, 2e-3) if lora else (1e-5, 1e-3)
     rate = min(high, max(low, rate * 10 if lora else rate))
-    return float(f"{rate:.3g}")
+    return float(f"{rate * _RATE_SHARES[method]:.3g}")
+
+
+def beta(loss_type: str) -> float:
+    """0.1, as in Rafailov et al. 2023; 2.0 for SimPO, whose rewards are means over tokens (Meng et al. 2024)."""
+    return 2.0 if loss_type == "simpo" else 0.1
+
+
+def gamma(loss_type: str) -> float:
+    """1.0 for SimPO: half its beta, where Meng et al. 2024 suggest to start. Others have no margin."""
+    return 1.0 if loss_type == "simpo" else 0.0
 
 
 def lora_rank(hidden_size: int) -> int:

@@ -7,7 +7,7 @@ Examples are concatenated without padding; their lengths travel along, and the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 
 
 class Examples(Protocol):
-    """Tokenised examples, as `datasets.Dataset` gives them: columns `input_ids` and `trained` of equal lengths."""
+    """Tokenised examples, as `datasets.Dataset` gives them: columns `input_ids` and `trained` of equal lengths, and
+    `lengths` of the sequences that an example consists of; a method may add a column `reference`, a number for each."""
 
     def __len__(self) -> int: ...
 
@@ -24,33 +25,51 @@ class Examples(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Examples in one row, longest first. Position i is kept when the token after it, in its example, is trained."""
+    """The sequences of some examples in one row, longest first. Position i is kept when the token after it, in its
+    sequence, is trained."""
 
     input_ids: torch.Tensor  # int64 [num_tokens]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each sequence
     keep: torch.Tensor  # bool [num_tokens]
     targets: torch.Tensor  # int64 [number of kept positions]
+    num_targets: tuple[int, ...]  # kept positions of each sequence
+    places: tuple[int, ...]  # where the sequences lie in the row, in the order of the examples
+    reference: torch.Tensor | None  # float32 [number of sequences], in the order of the examples
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
         if device.type == "cpu":
             return self
         ids, keep, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.keep, self.targets))
-        return MicroBatch(ids, self.lengths, keep, targets)
+        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
+        return replace(self, input_ids=ids, keep=keep, targets=targets, reference=reference)
 
 
 def collate(rows: dict[str, list[Any]]) -> MicroBatch:
-    """Concatenate examples. Equal lengths become neighbours, so that attention can take them together."""
-    order = sorted(range(len(rows["input_ids"])), key=lambda i: (-len(rows["input_ids"][i]), i))
-    ids = [np.asarray(rows["input_ids"][i], dtype=np.int64) for i in order]
-    keep = []
-    for i in order:
-        trained = np.asarray(rows["trained"][i], dtype=bool)
-        keep.append(np.append(trained[1:], False))  # the first token has nothing before it that could predict it
-    flat_ids, flat_keep = np.concatenate(ids), np.concatenate(keep)
-    targets = np.roll(flat_ids, -1)[flat_keep]
-    lengths = tuple(len(example) for example in ids)
-    return MicroBatch(torch.from_numpy(flat_ids), lengths, torch.from_numpy(flat_keep), torch.from_numpy(targets))
+    """Concatenate sequences. Equal lengths become neighbours, so that attention can take them together."""
+    ids = _sequences(rows, "input_ids", np.int64)
+    trained = _sequences(rows, "trained", np.bool_)
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    # The first token of a sequence has nothing before it that could predict it.
+    keep = [np.append(trained[i][1:], False) for i in order]
+    flat_ids, flat_keep = np.concatenate([ids[i] for i in order]), np.concatenate(keep)
+    return MicroBatch(
+        input_ids=torch.from_numpy(flat_ids),
+        lengths=tuple(len(ids[i]) for i in order),
+        keep=torch.from_numpy(flat_keep),
+        targets=torch.from_numpy(np.roll(flat_ids, -1)[flat_keep]),
+        num_targets=tuple(int(part.sum()) for part in keep),
+        places=tuple(np.argsort(order).tolist()),
+        reference=torch.tensor(rows["reference"]).flatten() if "reference" in rows else None,
+    )
+
+
+def _sequences(rows: dict[str, list[Any]], column: str, dtype: type[np.generic]) -> list[np.ndarray]:
+    """A column's values, sequence by sequence."""
+    parts: list[np.ndarray] = []
+    for values, lengths in zip(rows[column], rows["lengths"], strict=True):
+        parts += np.split(np.asarray(values, dtype=dtype), np.cumsum(lengths)[:-1])
+    return parts
 
 
 def split(items: Sequence[int], num_parts: int) -> list[list[int]]:

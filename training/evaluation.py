@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from training.batches import Examples, MicroBatch, collate
+from training.batches import Examples, collate
 from training.failure import check_flag, is_out_of_memory
+from training.methods.interface import LossSumsOf
 from training.parallel import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LossSums = Callable[["PreTrainedModel", MicroBatch], tuple[torch.Tensor, torch.Tensor]]
-
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over the trained tokens of the validation set."""
+    """Means over what the method counts in the validation set: trained tokens, or pairs."""
 
     loss: float
     accuracy: float
 
 
 def evaluate(
-    model: PreTrainedModel, loss_sums: LossSums, examples: Examples, workers: Workers, micro_batch_size: int
+    model: PreTrainedModel, loss_sums: LossSumsOf, examples: Examples, workers: Workers, micro_batch_size: int
 ) -> Evaluation:
     """Validate without touching gradients or random state; every worker gets the same result."""
-    sums = torch.zeros(4, device=workers.device)  # loss, correct, tokens, workers out of memory
+    sums = torch.zeros(4, device=workers.device)  # loss, correct, count, workers out of memory
     mine = range(workers.rank, len(examples), workers.size)
     model.eval()
     try:
         with torch.inference_mode():
             for start in range(0, len(mine), micro_batch_size):
                 batch = collate(examples[list(mine[start : start + micro_batch_size])]).to(workers.device)
-                loss, num_correct = loss_sums(model, batch)
-                sums += torch.stack([loss, num_correct, torch.tensor(len(batch.targets)), torch.tensor(0)]).to(sums)
+                found = loss_sums(model, batch)
+                sums += torch.stack(
+                    [found.loss, found.num_correct, torch.tensor(found.num_counted), torch.tensor(0)]
+                ).to(sums)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -46,6 +46,6 @@ def evaluate(
     finally:
         model.train()
     workers.sum_(sums)
-    loss_sum, correct_sum, num_tokens, out_of_memory = sums.tolist()
+    loss_sum, correct_sum, count, out_of_memory = sums.tolist()
     check_flag(out_of_memory)
-    return Evaluation(loss_sum / max(num_tokens, 1), correct_sum / max(num_tokens, 1))
+    return Evaluation(loss_sum / max(count, 1), correct_sum / max(count, 1))

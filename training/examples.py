@@ -8,13 +8,15 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from training.model_shape import ModelShape
-from training.records import Record, RecordError, iter_records
+from training.records import Record, RecordError, RecordKind, Sequence, iter_records, kind_of, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.spec import AUTO, TrainSpec
 from training.storage import Storage
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 MAX_PROBLEMS = 50
 _ROWS_PER_BATCH = 1000
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
+_SCHEMA = pa.schema(
+    [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("lengths", pa.list_(pa.int32()))]
+)
+# What each method learns from.
+KINDS: dict[str, tuple[RecordKind, ...]] = {"supervised": ("chat", "completion", "text"), "dpo": ("preference",)}
+Outcome = tuple[Example, ...] | str  # the sequences of a record, or what is wrong with it
 
 
 class ExamplesError(ValueError):
@@ -37,20 +44,22 @@ class ExamplesError(ValueError):
 
 
 def load_examples(spec: TrainSpec, storage: Storage, cache_dir: Path | None = None) -> tuple[Dataset, Dataset | None]:
-    """Training and validation examples with columns `input_ids` and `trained`, in the order of the file.
+    """Training and validation examples with columns `input_ids`, `trained` and `lengths`, in the order of the file.
 
-    The Arrow files are written to `cache_dir`, or a new temporary folder; give each process its own. Without a
-    validation file, `validation_split` of the records is held out, chosen by `seed` alone. ExamplesError if any record
-    cannot be rendered or is longer than allowed.
+    An example is what its record makes a model read: one sequence, or one after the other the two of a preference, the
+    better one first; `lengths` holds the tokens of each. The Arrow files are written to `cache_dir`, or a new temporary
+    folder; give each process its own. Without a validation file, `validation_split` of the records is held out, chosen
+    by `seed` alone. ExamplesError if any record cannot be rendered, is longer than allowed, or is of a kind that the
+    method does not learn from.
     """
     folder = Path(cache_dir) if cache_dir is not None else Path(tempfile.mkdtemp(prefix="examples-"))
     base = storage.local_folder(spec.base.key)
     renderer, limit = Renderer.load(base), spec.hyperparameters.max_length
     max_length = ModelShape(base).max_context if limit == AUTO else limit
-    train = _write(renderer, storage, spec.training_key, "training_file", max_length, folder / "train.arrow")
+    write = partial(_write, renderer, storage, spec.method, max_length)
+    train = write(spec.training_key, "training_file", folder / "train.arrow")
     if spec.validation_key is not None:
-        key, path = spec.validation_key, folder / "validation.arrow"
-        return train, _write(renderer, storage, key, "validation_file", max_length, path)
+        return train, write(spec.validation_key, "validation_file", folder / "validation.arrow")
     held_out = split(len(train), spec.validation_split, spec.seed)
     if not held_out:
         return train, None
@@ -66,15 +75,17 @@ def split(num_examples: int, share: float, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(num_examples), num_held_out))
 
 
-def _write(renderer: Renderer, storage: Storage, key: str, param: str, max_length: int, path: Path) -> Dataset:
+def _write(
+    renderer: Renderer, storage: Storage, method: str, max_length: int, key: str, param: str, path: Path
+) -> Dataset:
     from datasets import Dataset  # takes a second to import: only where examples are really loaded
 
     problems: list[tuple[int, str]] = []
-    rows: list[Example] = []
+    rows: list[tuple[Example, ...]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-        for line, outcome in _rendered(renderer, storage, key):
-            if isinstance(outcome, Example):
+        for line, outcome in _rendered(renderer, storage, key, method):
+            if not isinstance(outcome, str):
                 outcome = _fitting(outcome, max_length)
             if isinstance(outcome, str):
                 problems.append((line, outcome))
@@ -92,34 +103,60 @@ def _write(renderer: Renderer, storage: Storage, key: str, param: str, max_lengt
     return Dataset.from_file(str(path))
 
 
-def _fitting(example: Example, max_length: int) -> Example | str:
-    num_tokens = len(example.token_ids)
-    if num_tokens <= max_length:
-        return example
-    return f"{num_tokens} tokens, and at most {max_length} are allowed; shorten or split the record"
+def _fitting(sequences: tuple[Example, ...], max_length: int) -> Outcome:
+    num_tokens = max(len(sequence.token_ids) for sequence in sequences)
+    if num_tokens > max_length:
+        return f"{num_tokens} tokens, and at most {max_length} are allowed; shorten or split the record"
+    if len({sequence.token_ids for sequence in sequences}) < len(sequences):
+        return "the chat template writes both outputs alike, nothing to prefer"
+    return sequences
 
 
-def _batch(rows: list[Example]) -> pa.RecordBatch:
-    columns = [[row.token_ids for row in rows], [row.trained for row in rows]]
+def _batch(rows: list[tuple[Example, ...]]) -> pa.RecordBatch:
+    columns: list[list[list[int]] | list[list[bool]]] = [
+        [list(chain.from_iterable(sequence.token_ids for sequence in row)) for row in rows],
+        [list(chain.from_iterable(sequence.trained for sequence in row)) for row in rows],
+        [[len(sequence.token_ids) for sequence in row] for row in rows],
+    ]
     return pa.record_batch([pa.array(c, type=f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
 
 
-def _rendered(renderer: Renderer, storage: Storage, key: str) -> Iterator[tuple[int, Example | str]]:
-    """Each line's example, or what is wrong with it."""
-    lines: list[int] = []
+def _rendered(renderer: Renderer, storage: Storage, key: str, method: str) -> Iterator[tuple[int, Outcome]]:
+    """Each line's sequences, or what is wrong with it. A file holds one kind, so a wrong one is told once."""
+    lines: list[tuple[int, int]] = []  # number of a good line, and of its sequences
     faults: list[tuple[int, str]] = []
 
-    def good(file_records: Iterator[tuple[int, Record | RecordError]]) -> Iterator[Record]:
+    def good(file_records: Iterator[tuple[int, Record | RecordError]]) -> Iterator[Sequence]:
         for number, record in file_records:
             if isinstance(record, RecordError):
                 faults.append((number, record.message))
+            elif kind_of(record) not in KINDS[method]:
+                faults.append((number, _wrong_kind(record, method)))
+                return
             else:
-                lines.append(number)
-                yield record
+                sequences = sequences_of(record)
+                lines.append((number, len(sequences)))
+                yield from sequences
 
     with storage.open_read(key) as file:
-        for position, outcome in enumerate(renderer.encode_examples(good(iter_records(file)))):
-            while faults and faults[0][0] < lines[position]:
+        outcomes = renderer.encode_examples(good(iter_records(file)))
+        for position, first in enumerate(outcomes):
+            number, num_sequences = lines[position]
+            while faults and faults[0][0] < number:
                 yield faults.pop(0)
-            yield lines[position], outcome.message if isinstance(outcome, RenderError) else outcome
+            yield number, _together([first, *islice(outcomes, num_sequences - 1)])
     yield from faults
+
+
+def _wrong_kind(record: Record, method: str) -> str:
+    kind = kind_of(record)
+    fitting = next(name for name, kinds in KINDS.items() if kind in kinds)
+    wanted = " or ".join(KINDS[method])
+    return f"a {kind} record, and the method {method} learns from {wanted} records; {kind} records need {fitting}"
+
+
+def _together(outcomes: list[Example | RenderError]) -> Outcome:
+    for outcome in outcomes:
+        if isinstance(outcome, RenderError):
+            return outcome.message
+    return tuple(outcome for outcome in outcomes if isinstance(outcome, Example))

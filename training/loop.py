@@ -10,19 +10,22 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 
 from training.artifact import read_manifest
-from training.batches import Batches
+from training.batches import Batches, Examples
 from training.checkpoints import Checkpoints, TrainerState
 from training.evaluation import Evaluation, evaluate
+from training.examples import ExamplesError, load_examples
 from training.export import Exporter
 from training.failure import Failure, check_flag, is_out_of_memory, out_of_memory
 from training.lora import inject
-from training.methods import supervised
+from training.methods import dpo, supervised
+from training.methods.interface import Method
 from training.model import load_model, stored_dtype
 from training.optim import Trainer, learning_rate
 from training.parallel import Workers
@@ -43,10 +46,11 @@ from training.spec import TrainSpec
 from training.storage import Storage
 from training.validation_curve import ValidationCurve
 
-METHODS = {"supervised": supervised}
+METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo}
 WISHES = list(Wish)
-LOSS, CORRECT, TOKENS, OUT_OF_MEMORY, WISH = range(5)  # what every step sums over the workers beside the gradients
-NUM_SUMS = 5
+# What every step sums over the workers beside the gradients. Loss and correct are divided by the method's count.
+LOSS, CORRECT, COUNT, TOKENS, OUT_OF_MEMORY, WISH = range(6)
+NUM_SUMS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class _Run:
         self.spec, self.storage, self.run_key, self.scratch_dir = spec, storage, run_key, scratch_dir
         self.workers, self.reporter = workers, reporter
         self.method = METHODS[spec.method]
+        self.loss_sums = partial(self.method.loss_sums, spec)
         self.checkpoints = Checkpoints(storage, run_key, spec)
         self.artifact_key = f"{run_key}/artifact"
         self.step = 0
@@ -99,6 +104,8 @@ class _Run:
             self.step = artifact.last_step or artifact.step or 0
             return self._finish(artifact.hash(), artifact.step or 0)
         self._agree_on(self._set_up)
+        self._prepare_examples()
+        self._agree_on(self._resume)
         self._say_known_checkpoints()
         if self._agreed_wish() is Wish.CANCEL:
             return self._stop(Wish.CANCEL)
@@ -125,12 +132,28 @@ class _Run:
         return is_at_interval or self._is_complete() or self.curve.best_step == self.step
 
     def _set_up(self) -> None:
-        """Data, model, optimizer; then the last committed checkpoint, if there is one."""
-        spec, hyper = self.spec, self.spec.hyperparameters
-        base_folder = self.storage.local_folder(spec.base.key)
-        self.train_set, self.valid_set = self.method.load(spec, self.storage, self.scratch_dir / "examples")
-        if len(self.train_set) == 0:
+        """Data, model, optimizer."""
+        base_folder = self.storage.local_folder(self.spec.base.key)
+        try:
+            train, valid = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
+        except ExamplesError as error:  # planning refuses these rows before
+            text = f"The {error.param} cannot be used: {error}"
+            raise Failure(f"invalid_{error.param}", text, error.param) from error
+        if len(train) == 0:
             raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
+        self.train_set: Examples = train
+        self.valid_set: Examples | None = valid
+        self._build_model(base_folder)
+
+    def _prepare_examples(self) -> None:
+        """What the method must know of the start weights, before any others are loaded; then the order of steps."""
+        spec, hyper = self.spec, self.spec.hyperparameters
+        parts = self.workers.size * cast(int, hyper.gradient_accumulation_steps)
+        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
+        prepared = partial(self.method.prepare, spec, self.model)
+        self.train_set = prepared(self.train_set, self.workers, self.micro_batch_size)
+        if self.valid_set:
+            self.valid_set = prepared(self.valid_set, self.workers, self.micro_batch_size)
         self.batches = Batches(
             self.train_set,
             batch_size=cast(int, hyper.batch_size),
@@ -140,7 +163,9 @@ class _Run:
             rank=self.workers.rank,
             num_workers=self.workers.size,
         )
-        self._build_model(base_folder)
+
+    def _resume(self) -> None:
+        """Go on from the last committed checkpoint, if there is one."""
         state = self.checkpoints.restore(self.exporter)
         if state is not None:
             assert state.total_steps == self.batches.total_steps, "the data changed under a run"
@@ -167,10 +192,11 @@ class _Run:
         sums = self.trainer.sums
         try:
             for batch in self.batches.micro_batches(self.step):
-                loss, num_correct = self.method.loss_sums(self.model, batch.to(self.workers.device))
-                loss.backward()
-                sums[LOSS] += loss.detach()
-                sums[CORRECT] += num_correct
+                found = self.loss_sums(self.model, batch.to(self.workers.device))
+                found.loss.backward()
+                sums[LOSS] += found.loss.detach()
+                sums[CORRECT] += found.num_correct
+                sums[COUNT] += found.num_counted
                 sums[TOKENS] += len(batch.targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -181,15 +207,15 @@ class _Run:
         self.workers.sum_(self.trainer.flat)
         *totals, norm = torch.cat([sums, self.trainer.grad_norm()[None]]).tolist()  # the step's only wait for a device
         check_flag(totals[OUT_OF_MEMORY])
-        self._update(totals[LOSS], totals[CORRECT], totals[TOKENS], norm, started)
+        self._update(totals, norm, started)
         return WISHES[round(totals[WISH])]
 
-    def _update(self, loss_sum: float, num_correct: float, num_tokens: float, norm_sum: float, started: float) -> None:
+    def _update(self, totals: list[float], norm_sum: float, started: float) -> None:
         """The optimizer step, after looking at what it would do."""
         hyper = self.spec.hyperparameters
         rate = learning_rate(hyper, self.step, self.batches.total_steps)
-        count = max(num_tokens, 1.0)
-        self.train_loss, self.train_accuracy, norm = loss_sum / count, num_correct / count, norm_sum / count
+        count, num_tokens = max(totals[COUNT], 1.0), totals[TOKENS]
+        self.train_loss, self.train_accuracy, norm = totals[LOSS] / count, totals[CORRECT] / count, norm_sum / count
         self._check_finite(self.train_loss, norm, rate)
         self.trainer.step(rate, min(1.0, hyper.max_grad_norm / (norm + 1e-6)) / count)
         self.num_trained_tokens += round(num_tokens)
@@ -231,10 +257,7 @@ class _Run:
         is_due = self.step == self.batches.total_steps or self.step % cast(int, self.spec.eval_interval) == 0
         if not self.valid_set or not is_due:
             return
-        hyper = self.spec.hyperparameters
-        parts = self.workers.size * cast(int, hyper.gradient_accumulation_steps)
-        micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
-        result = evaluate(self.model, self.method.loss_sums, self.valid_set, self.workers, micro_batch_size)
+        result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size)
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(

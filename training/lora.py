@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,13 +36,15 @@ class LoraLinear(nn.Module):
         super().__init__()
         rank, alpha = cast(int, spec.rank), cast(float, spec.alpha)
         self.base = base
-        self.scale, self.dropout = alpha / rank, spec.dropout
+        self.scale, self.dropout, self.enabled = alpha / rank, spec.dropout, True
         device = next(base.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + scale * (x A^T) B^T."""
+        if not self.enabled:
+            return self.base(x)
         dropped = dropout(x, self.dropout, self.training) if self.dropout else x
         low = linear(dropped, self.lora_A.to(x.dtype))
         return self.base(x) + linear(low * self.scale, self.lora_B.to(x.dtype))
@@ -60,6 +64,19 @@ def inject(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return names
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it was before `inject`; nothing changes for a model without an adapter."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from training import auto
 from training.examples import ExamplesError, load_examples
 from training.model_shape import ModelShape, ShapeError
-from training.records import ChatRecord, iter_records
+from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["MIN_EXAMPLES", "Plan", "PlanError", "load_examples", "plan"]
 
 MIN_EXAMPLES = 10  # OpenAI's minimum
-_HYPER = "method.supervised.hyperparameters"
 _NO_STOP = "The template does not end assistant turns with a stop token; the model will not learn to stop."
 _NO_EOS = "The base has no end-of-text token; the model will not learn to stop."
 _BORDER = (
@@ -53,7 +52,7 @@ class Plan(Contract):
     spec: TrainSpec  # resolved: nothing left on auto
     num_examples: int  # for training, after the split
     num_validation_examples: int
-    num_tokens: int  # of one epoch
+    num_tokens: int  # of one epoch; both sides of a preference count
     num_trained_tokens: int  # of one epoch: tokens with a loss
     max_example_tokens: int
     total_steps: int  # optimizer steps: n_epochs * ceil(num_examples / batch_size)
@@ -137,18 +136,22 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
 # -- checks that need no data ------------------------------------------------------------------------------------------
 
 
+def _hyper(spec: TrainSpec) -> str:
+    return f"method.{spec.method}.hyperparameters"
+
+
 def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
     hyper = spec.hyperparameters
     given = hyper.learning_rate != AUTO and hyper.learning_rate_multiplier not in (AUTO, 1.0)
     if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
         message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
-        raise PlanError("invalid_value", message, f"{_HYPER}.learning_rate_multiplier")
+        raise PlanError("invalid_value", message, f"{_hyper(spec)}.learning_rate_multiplier")
     if hyper.max_length != AUTO and hyper.max_length > shape.max_context:
         message = f"max_length {hyper.max_length} is more than the base's context of {shape.max_context} tokens."
-        raise PlanError("invalid_value", message, f"{_HYPER}.max_length")
+        raise PlanError("invalid_value", message, f"{_hyper(spec)}.max_length")
     if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
         message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
-        raise PlanError("invalid_value", message, f"{_HYPER}.batch_size")
+        raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
     if spec.early_stopping is not None and not spec.validates():
         message = "early_stopping needs a validation file or a validation_split."
         raise PlanError("invalid_value", message, "early_stopping")
@@ -182,7 +185,7 @@ def _check_batches(spec: TrainSpec) -> None:
             f"gradient_accumulation_steps {hyper.gradient_accumulation_steps} is more than the {per_worker} examples "
             f"that each worker gets of a batch of {hyper.batch_size}."
         )
-        raise PlanError("invalid_value", message, f"{_HYPER}.gradient_accumulation_steps")
+        raise PlanError("invalid_value", message, f"{_hyper(spec)}.gradient_accumulation_steps")
 
 
 # -- checks on the data ------------------------------------------------------------------------------------------------
@@ -198,8 +201,10 @@ def _load(spec: TrainSpec, storage: Storage, scratch: Path) -> tuple[Dataset, Da
 
 
 def _first_record(spec: TrainSpec, storage: Storage) -> Any:
+    """What the model would read first; None if the first line is no record."""
     with storage.open_read(spec.training_key) as file:
-        return next((record for _, record in iter_records(file)), None)
+        record = next((record for _, record in iter_records(file)), None)
+    return None if record is None or isinstance(record, RecordError) else sequences_of(record)[0]
 
 
 def _check_has_template(spec: TrainSpec, storage: Storage, renderer: Renderer) -> None:
@@ -264,13 +269,14 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples))
     batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers))
     multiplier = _or(hyper.learning_rate_multiplier, 1.0)
+    rate = auto.learning_rate(shape.hidden_size, lora=lora, method=spec.method)
     mean_tokens = counts.num_tokens / counts.num_examples
     accumulation = auto.gradient_accumulation_steps(batch, spec.num_workers, mean_tokens)
     resolved = {
         "n_epochs": epochs,
         "batch_size": batch,
         "learning_rate_multiplier": multiplier,
-        "learning_rate": _or(hyper.learning_rate, auto.learning_rate(shape.hidden_size, lora=lora) * multiplier),
+        "learning_rate": _or(hyper.learning_rate, rate * multiplier),
         "gradient_accumulation_steps": _or(hyper.gradient_accumulation_steps, accumulation),
         "max_length": _or(hyper.max_length, shape.max_context),
     }
@@ -280,8 +286,13 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     if adapter is not None:
         rank, alpha = _or(adapter.rank, auto.lora_rank(shape.hidden_size)), _or(adapter.alpha, auto.lora_alpha())
         adapter = adapter.model_copy(update={"rank": rank, "alpha": alpha})
+    dpo = spec.dpo
+    if dpo is not None:
+        beta, gamma = _or(dpo.beta, auto.beta(dpo.loss_type)), _or(dpo.gamma, auto.gamma(dpo.loss_type))
+        dpo = dpo.model_copy(update={"beta": beta, "gamma": gamma})
     changes = {
         "hyperparameters": hyper,
+        "dpo": dpo,
         "adapter": adapter,
         "precision": _or(spec.precision, auto.precision(shape.num_parameters)),
         "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),

@@ -38,7 +38,9 @@ class Message(Item):
 
 
 class StepMetrics(Item):
-    """One optimizer step. Losses are means over trained tokens of the whole (global) batch."""
+    """One optimizer step. Loss and accuracy are means over what the method counts in the whole (global) batch: trained
+    tokens predicted right (supervised), pairs whose better answer has the larger reward (dpo). OpenAI's name of the
+    field is kept for both."""
 
     kind: Literal["step"] = "step"
     step: int  # 1-based, counts optimizer steps

@@ -1,16 +1,17 @@
 """Records: what one line of a training file may hold, and how a bad line is explained to its author.
 
-Three kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`) and text (`text`).
-A chat record ends with an assistant message and trains on at least one. The legacy `functions` / `function_call` form
-is read as tools. Whether a model's chat template can render a record is `training.render`'s question.
+Four kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`), text (`text`) and
+preference (`input`, `preferred_output` and `non_preferred_output`). A chat record ends with an assistant message and
+trains on at least one. The legacy `functions` / `function_call` form is read as tools. Whether a model's chat template
+can render a record is `training.render`'s question; messages are read in `training.messages`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
+from training.messages import ChatMessage, FunctionCall, MessageReader, Role, ToolCall, read_messages, read_tools
 from training.spec import Contract
 from training.strict_json import (
     ARRAY,
@@ -18,44 +19,31 @@ from training.strict_json import (
     Fault,
     check_keys,
     decode,
-    filled_field,
     filled_list,
-    optional_text,
-    rename_hint,
     require,
     show,
     text_field,
 )
 
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-RecordKind = Literal["chat", "completion", "text"]
+__all__ = [
+    "ChatMessage",
+    "ChatRecord",
+    "CompletionRecord",
+    "FunctionCall",
+    "PreferenceRecord",
+    "Record",
+    "RecordError",
+    "RecordKind",
+    "Role",
+    "TextRecord",
+    "ToolCall",
+    "iter_records",
+    "kind_of",
+    "parse_line",
+    "sequences_of",
+]
 
-
-class FunctionCall(Contract):
-    """The function an assistant calls; `arguments` is JSON text of an object."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(Contract):
-    """One call in an assistant message."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class ChatMessage(Contract):
-    """One turn. `weight` 0 keeps an assistant message out of the loss; `refusal` is its text when it declines."""
-
-    role: Role
-    content: str | None = None
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None
-    tool_call_id: str | None = None
-    weight: Literal[0, 1] | None = None
-    refusal: str | None = None
+RecordKind = Literal["chat", "completion", "text", "preference"]
 
 
 class ChatRecord(Contract):
@@ -79,8 +67,31 @@ class TextRecord(Contract):
     text: str
 
 
-Record = ChatRecord | CompletionRecord | TextRecord
-SHAPES = '"messages" (chat), "prompt" and "completion", or "text"'
+class PreferenceRecord(Contract):
+    """A conversation and two answers to it, the better one and the worse one; only the answers are learned from."""
+
+    messages: tuple[ChatMessage, ...]
+    preferred: ChatMessage
+    non_preferred: ChatMessage
+    tools: tuple[dict[str, Any], ...] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def sides(self) -> tuple[ChatRecord, ChatRecord]:
+        """The conversation as it ends with each answer, the better one first; the loss is on the answer alone."""
+        asked = [m.model_copy(update={"weight": 0}) if m.role == "assistant" else m for m in self.messages]
+        better, worse = (
+            ChatRecord(messages=(*asked, last), tools=self.tools, parallel_tool_calls=self.parallel_tool_calls)
+            for last in (self.preferred, self.non_preferred)
+        )
+        return better, worse
+
+
+Sequence = ChatRecord | CompletionRecord | TextRecord
+Record = Sequence | PreferenceRecord
+SHAPES = (
+    '"messages" (chat), "prompt" and "completion", "text", or "input", "preferred_output" and "non_preferred_output" '
+    "(preference)"
+)
 
 
 class RecordError(ValueError):
@@ -97,9 +108,20 @@ class RecordError(ValueError):
 
 def kind_of(record: Record) -> RecordKind:
     """The kind of a record; all records of a file share it."""
-    if isinstance(record, ChatRecord):
-        return "chat"
-    return "completion" if isinstance(record, CompletionRecord) else "text"
+    return _KINDS[type(record)]
+
+
+_KINDS: dict[type[Record], RecordKind] = {
+    ChatRecord: "chat",
+    CompletionRecord: "completion",
+    TextRecord: "text",
+    PreferenceRecord: "preference",
+}
+
+
+def sequences_of(record: Record) -> tuple[Sequence, ...]:
+    """What a model reads of a record: the record itself, or the two sides of a preference."""
+    return record.sides() if isinstance(record, PreferenceRecord) else (record,)
 
 
 def parse_line(line: bytes, number: int) -> Record:
@@ -144,6 +166,8 @@ def _record(value: Any) -> Record:
         raise Fault(f"{show(value)} is not a JSON object; a line must hold {SHAPES}")
     if "messages" in value:
         return _chat(value)
+    if "preferred_output" in value or "non_preferred_output" in value:
+        return _preference(value)
     if "prompt" in value or "completion" in value:
         check_keys(value, "", ("prompt", "completion"))
         prompt, completion = (text_field(value, "", key) for key in ("prompt", "completion"))
@@ -165,8 +189,11 @@ def _unknown_shape(value: dict[str, Any]) -> str:
         hint = 'this looks like Alpaca: join "instruction" and "input" into "prompt", rename "output" to "completion"'
     elif {"question", "answer"} <= keys:
         hint = 'rename "question" to "prompt" and "answer" to "completion"'
-    elif keys & {"preferred_output", "chosen", "rejected", "chosen_messages"}:
-        hint = "preference pairs cannot be used for supervised training"
+    elif {"chosen", "rejected"} <= keys:
+        hint = (
+            'this looks like preference pairs: put the conversation into "input": {"messages": […]}, '
+            'rename "chosen" to "preferred_output" and "rejected" to "non_preferred_output", each a list of one message'
+        )
     else:
         hint = ""
     found = f"keys {', '.join(show(key) for key in list(value)[:6])}" if value else "no keys"
@@ -175,176 +202,44 @@ def _unknown_shape(value: dict[str, Any]) -> str:
 
 def _chat(value: dict[str, Any]) -> ChatRecord:
     check_keys(value, "", ("messages", "tools", "parallel_tool_calls", "functions"))
-    items = filled_list(value["messages"], "messages")
-    reader = _Messages()
-    messages = tuple(reader.read(item, f"messages[{index}]") for index, item in enumerate(items))
+    messages = read_messages(value, "")
     last = messages[-1]
     require(last.role == "assistant", f"messages[{len(messages) - 1}].role: the last message must be the assistant's")
     trained = [message for message in messages if message.role == "assistant" and message.weight != 0]
     require(trained, "messages: every assistant message has weight 0, nothing to train on")
-    parallel = value.get("parallel_tool_calls")
-    require(parallel is None or isinstance(parallel, bool), "parallel_tool_calls: must be true or false")
-    return ChatRecord(messages=messages, tools=_tools(value), parallel_tool_calls=parallel)
+    tools, parallel = read_tools(value, "")
+    return ChatRecord(messages=messages, tools=tools, parallel_tool_calls=parallel)
 
 
-class _Messages:
-    """Reads the messages of one record in order, remembering the calls that tool messages may answer."""
-
-    def __init__(self) -> None:
-        self.call_ids: set[str] = set()
-        self.legacy_calls: dict[str, str] = {}  # function name -> id that we gave its latest call
-
-    def read(self, item: Any, path: str) -> ChatMessage:
-        """One message, or a Fault that names the field."""
-        if not isinstance(item, dict):
-            raise Fault(f"{path}: {show(item)} is not an object with role and content")
-        role = item.get("role")
-        require("role" in item, f"{path}.role: missing{rename_hint(item, {'from': 'role'})}")
-        if role == "function":
-            return self._function_result(item, path)
-        if not isinstance(role, str) or role not in _ROLE_KEYS:
-            raise Fault(f"{path}.role: {show(role)} is not a role; use system, developer, user, assistant or tool")
-        check_keys(item, path, _ROLE_KEYS[role], f" for role {role}")
-        fields: dict[str, Any] = {"role": role, "name": optional_text(item, path, "name")}
-        if role == "assistant":
-            fields |= self._assistant(item, path)
-        else:
-            fields["content"] = _content(item, path)
-            require(fields["content"] is not None, f"{path}.content: must be text, not null")
-        if role == "tool":
-            fields["tool_call_id"] = self._answered(item, path)
-        return ChatMessage(**fields)
-
-    def _assistant(self, item: dict[str, Any], path: str) -> dict[str, Any]:
-        calls = self._calls(item, path)
-        has_text = item.get("content") is not None or item.get("refusal") is not None
-        require(has_text or calls, f"{path}.content: must be text, unless the message has tool_calls or a refusal")
-        weight = item.get("weight")
-        if weight not in (None, 0, 1) or isinstance(weight, bool):
-            raise Fault(f"{path}.weight: {show(weight)} is not 0 or 1")
-        return {
-            "content": _content(item, path) if item.get("content") is not None else None,
-            "refusal": optional_text(item, path, "refusal"),
-            "tool_calls": calls,
-            "weight": None if weight is None else int(weight),
-        }
-
-    def _calls(self, item: dict[str, Any], path: str) -> tuple[ToolCall, ...] | None:
-        legacy = item.get("function_call")
-        if item.get("tool_calls") is None:
-            return None if legacy is None else (self._legacy_call(legacy, f"{path}.function_call"),)
-        require(legacy is None, f"{path}: has both tool_calls and the older function_call; keep tool_calls")
-        listed = filled_list(item["tool_calls"], f"{path}.tool_calls")
-        calls = tuple(self._call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(listed))
-        ids = {call.id for call in calls}
-        require(len(ids) == len(calls), f"{path}.tool_calls: two calls share an id; each needs its own")
-        self.call_ids |= ids
-        return calls
-
-    def _call(self, value: Any, path: str) -> ToolCall:
-        if not isinstance(value, dict):
-            raise Fault(f"{path}: {show(value)} is not an object")
-        check_keys(value, path, ("id", "type", "function"))
-        call_id = filled_field(value, path, "id")
-        require(value.get("type") == "function", f'{path}.type: must be "function"')
-        return ToolCall(id=call_id, function=_function_call(value.get("function"), f"{path}.function"))
-
-    def _legacy_call(self, value: Any, path: str) -> ToolCall:
-        function = _function_call(value, path)
-        call_id = f"call_{len(self.call_ids)}"
-        self.call_ids.add(call_id)
-        self.legacy_calls[function.name] = call_id
-        return ToolCall(id=call_id, function=function)
-
-    def _answered(self, item: dict[str, Any], path: str) -> str:
-        call_id = filled_field(item, path, "tool_call_id")
-        if call_id not in self.call_ids:
-            raise Fault(f"{path}.tool_call_id: no earlier assistant message has a tool call with id {show(call_id)}")
-        return call_id
-
-    def _function_result(self, item: dict[str, Any], path: str) -> ChatMessage:
-        check_keys(item, path, ("role", "content", "name"), " for role function")
-        name = filled_field(item, path, "name")
-        if name not in self.legacy_calls:
-            raise Fault(f"{path}.name: no earlier assistant message has a function_call of {show(name)}")
-        require(item.get("content") is not None, f"{path}.content: must be text, not null")
-        return ChatMessage(role="tool", content=_content(item, path), name=name, tool_call_id=self.legacy_calls[name])
+def _preference(value: dict[str, Any]) -> PreferenceRecord:
+    check_keys(value, "", ("input", "preferred_output", "non_preferred_output"))
+    asked = value.get("input")
+    if not isinstance(asked, dict):
+        raise Fault(f"input: {show(asked)} is not an object with messages" if "input" in value else "input: missing")
+    check_keys(asked, "input", ("messages", "tools", "parallel_tool_calls"))
+    messages = read_messages(asked, "input.")
+    last = f"input.messages[{len(messages) - 1}].role"
+    require(messages[-1].role != "assistant", f"{last}: the assistant's answers are the outputs; end before them")
+    weighted = any(message.weight is not None for message in messages)
+    require(not weighted, "input.messages: weight has no meaning here, only the two outputs are learned from")
+    preferred, non_preferred = (_output(value, key) for key in ("preferred_output", "non_preferred_output"))
+    require(preferred != non_preferred, "non_preferred_output: the same as preferred_output, nothing to prefer")
+    tools, parallel = read_tools(asked, "input.")
+    return PreferenceRecord(
+        messages=messages,
+        preferred=preferred,
+        non_preferred=non_preferred,
+        tools=tools,
+        parallel_tool_calls=parallel,
+    )
 
 
-_ROLE_KEYS: dict[str, tuple[str, ...]] = {
-    "system": ("role", "content", "name"),
-    "developer": ("role", "content", "name"),
-    "user": ("role", "content", "name"),
-    "assistant": ("role", "content", "name", "tool_calls", "weight", "refusal", "function_call"),
-    "tool": ("role", "content", "name", "tool_call_id"),
-}
-_FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-
-
-def _function_call(value: Any, path: str) -> FunctionCall:
-    require(isinstance(value, dict), f"{path}: must be an object with name and arguments")
-    check_keys(value, path, ("name", "arguments"))
-    name, arguments = filled_field(value, path, "name"), value.get("arguments")
-    problem = f"{path}.arguments: must be a JSON object written as a string, e.g. " + r'"{\"altitude\": 100}"'
-    require(isinstance(arguments, str), problem)
-    try:
-        parsed = decode(str(arguments).encode())
-    except Fault as fault:
-        raise Fault(f"{problem} ({fault})") from None
-    require(isinstance(parsed, dict), problem)
-    return FunctionCall(name=name, arguments=str(arguments))
-
-
-def _tools(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    tools, functions = value.get("tools"), value.get("functions")
-    if tools is None and functions is None:
-        return None
-    require(tools is None or functions is None, "functions: is the older form of tools; keep only tools")
-    if tools is None:
-        old = filled_list(functions, "functions")
-        listed = [_function(item, f"functions[{index}]") for index, item in enumerate(old)]
-        return tuple({"type": "function", "function": function} for function in listed)
-    for index, tool in enumerate(filled_list(tools, "tools")):
-        path = f"tools[{index}]"
-        if not isinstance(tool, dict):
-            raise Fault(f"{path}: {show(tool)} is not an object with type and function")
-        check_keys(tool, path, ("type", "function"))
-        require(tool.get("type") == "function", f'{path}.type: must be "function"')
-        _function(tool.get("function"), f"{path}.function")
-    return tuple(tools)
-
-
-def _function(value: Any, path: str) -> dict[str, Any]:
-    require(isinstance(value, dict), f"{path}: must be an object with a name, and description and parameters if any")
-    check_keys(value, path, ("name", "description", "parameters", "strict"))
-    name = filled_field(value, path, "name")
-    if not _FUNCTION_NAME.fullmatch(name):
-        raise Fault(f"{path}.name: {show(name)} is not 1 to 64 letters, digits, dots, dashes and underscores")
-    optional_text(value, path, "description")
-    parameters = value.get("parameters")
-    require(parameters is None or isinstance(parameters, dict), f"{path}.parameters: must be a JSON schema object")
-    strict = value.get("strict")
-    require(strict is None or isinstance(strict, bool), f"{path}.strict: must be true or false")
-    return value
-
-
-def _content(item: dict[str, Any], path: str) -> str | None:
-    """Text of a message; a list of text parts is joined, other parts are refused."""
-    require("content" in item, f"{path}.content: missing{rename_hint(item, {'value': 'content', 'text': 'content'})}")
-    content = item["content"]
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise Fault(f"{path}.content: {show(content)} is not text")
-    parts = filled_list(content, f"{path}.content")
-    return "".join(_part(part, f"{path}.content[{index}]") for index, part in enumerate(parts))
-
-
-def _part(part: Any, path: str) -> str:
-    require(isinstance(part, dict), f'{path}: must be {{"type": "text", "text": …}}')
-    kind = part.get("type")
-    if isinstance(kind, str) and kind.startswith(("image", "input_audio", "audio", "video", "file")):
-        raise Fault(f"{path}.type: {show(kind)} cannot be trained on; only text parts are accepted")
-    require(kind == "text", f'{path}.type: {show(kind)} is not a part type; only "text" is accepted')
-    check_keys(part, path, ("type", "text"))
-    return text_field(part, path, "text")
+def _output(value: dict[str, Any], key: str) -> ChatMessage:
+    """The one assistant message of an output."""
+    require(key in value, f"{key}: missing")
+    items = filled_list(value[key], key)
+    require(len(items) == 1, f"{key}: must hold exactly one assistant message, it holds {len(items)}")
+    message = MessageReader().read(items[0], f"{key}[0]")
+    require(message.role == "assistant", f"{key}[0].role: must be assistant")
+    require(message.weight is None, f"{key}[0].weight: has no meaning here, both outputs are learned from")
+    return message

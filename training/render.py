@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from training.artifact import Fingerprint, canonical_json
-from training.records import ChatRecord, CompletionRecord, Record
+from training.records import ChatRecord, CompletionRecord, Sequence
 from training.template import TOKEN_END, TOKEN_START, ChatTemplate, RenderError, Span
 
 __all__ = ["TOKENIZER_FILES", "Example", "RenderError", "Renderer"]
@@ -120,14 +120,14 @@ class Renderer:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def encode_example(self, record: Record) -> Example:
+    def encode_example(self, record: Sequence) -> Example:
         """Tokens and loss mask of one record. RenderError if the template cannot express it or nothing is trained."""
         (outcome,) = self.encode_examples([record])
         if isinstance(outcome, RenderError):
             raise outcome
         return outcome
 
-    def encode_examples(self, records: Iterable[Record]) -> Iterator[Example | RenderError]:
+    def encode_examples(self, records: Iterable[Sequence]) -> Iterator[Example | RenderError]:
         """The same for many records, encoded in batches; a record that fails gives its error in its place."""
         source = iter(records)
         while batch := list(islice(source, _BATCH)):
@@ -137,7 +137,7 @@ class Renderer:
             for stage in staged:
                 yield self._finish(stage, encodings) if isinstance(stage, _Rendered) else stage
 
-    def _stage(self, record: Record) -> _Rendered | Example | RenderError:
+    def _stage(self, record: Sequence) -> _Rendered | Example | RenderError:
         try:
             if isinstance(record, ChatRecord):
                 return self._render_chat(record)

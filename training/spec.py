@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
@@ -66,11 +66,28 @@ class EarlyStopping(Contract):
     min_delta: Annotated[float, Field(ge=0)] = 0.0
 
 
+def _only_simpo_has_a_margin(gamma: float | Auto, info: ValidationInfo) -> float | Auto:
+    if gamma not in (AUTO, 0) and info.data.get("loss_type") not in ("simpo", None):
+        raise ValueError("only the loss_type 'simpo' has a margin")
+    return gamma
+
+
+class DpoSpec(Contract):
+    """Settings of the method `dpo`; the losses are explained in `training.methods.dpo`."""
+
+    beta: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | Auto = AUTO
+    loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
+    gamma: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False)] | Auto, AfterValidator(_only_simpo_has_a_margin)
+    ] = AUTO  # by how much simpo wants the better answer's reward to be larger
+
+
 class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
     base: BaseRef
-    method: Literal["supervised"] = "supervised"
+    method: Literal["supervised", "dpo"] = "supervised"
+    dpo: DpoSpec | None = None  # given with the method dpo, and only with it
     training_key: str  # storage key of the JSONL training file
     validation_key: str | None = None
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share held out when no validation file is given
@@ -92,6 +109,12 @@ class TrainSpec(Contract):
         """Names of the fields still on auto, dotted; empty when the spec can be run."""
         names = [name for name in ("precision", "eval_interval", "checkpoint_interval") if getattr(self, name) == AUTO]
         names += [f"hyperparameters.{name}" for name, value in self.hyperparameters if value == AUTO]
-        if self.adapter is not None:
-            names += [f"adapter.{name}" for name, value in self.adapter if value == AUTO]
+        for part in ("adapter", "dpo"):
+            names += [f"{part}.{name}" for name, value in getattr(self, part) or () if value == AUTO]
         return names
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> TrainSpec:
+        if (self.dpo is not None) != (self.method == "dpo"):
+            raise ValueError("'dpo' holds the settings of the method 'dpo': give both or neither")
+        return self

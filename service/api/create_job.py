@@ -81,6 +81,8 @@ def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -
         validation = _usable_file(tx, who, body.validation_file, "validation_file")
     return TrainSpec(
         base=base,
+        method=body.method_type,
+        dpo=body.dpo_settings(),
         training_key=training.storage_key,
         validation_key=validation.storage_key if validation else None,
         validation_split=body.validation_split,
@@ -99,7 +101,7 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
     if chosen.learning_rate != AUTO and chosen.learning_rate_multiplier != AUTO:
         raise InvalidRequest(
             "'learning_rate' is absolute; leave 'learning_rate_multiplier' out or on 'auto' beside it.",
-            param="method.supervised.hyperparameters.learning_rate_multiplier",
+            param=f"method.{body.method_type}.hyperparameters.learning_rate_multiplier",
         )
     if body.validation_file is not None and body.validation_split:
         raise InvalidRequest(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from training.spec import AUTO, Auto, EarlyStopping, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
+from training.spec import AUTO, Auto, DpoSpec, EarlyStopping, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
 
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
@@ -73,15 +73,23 @@ def _no_integrations(value: Any) -> Any:
     return _refuse(value, "Unsupported parameter: 'integrations'. This service sends nothing to third parties.")
 
 
-def _only_supervised(value: Any) -> Any:
-    if value in ("dpo", "reinforcement"):
-        why = f"Unsupported parameter: 'method.type' cannot be '{value}' here. Supported is 'supervised'."
+def _no_reinforcement(value: Any) -> Any:
+    if value == "reinforcement":
+        why = (
+            "Unsupported parameter: 'method.type' cannot be 'reinforcement' here. Supported are 'supervised' and 'dpo'."
+        )
         raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
     return value
 
 
 def _no_other_method(value: Any) -> Any:
-    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised' only.")
+    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised' or 'dpo' only.")
+
+
+def _only_of_its_type(value: Any, info: ValidationInfo) -> Any:
+    if info.data.get("type", info.field_name) == info.field_name:
+        return value
+    return _refuse(value, f"Unsupported parameter: 'method.{info.field_name}' needs 'method.type' '{info.field_name}'.")
 
 
 class TopHyperparameters(Wire):
@@ -104,12 +112,22 @@ class Supervised(Wire):
     hyperparameters: WireHyperparameters | None = None
 
 
+class WireDpoHyperparameters(WireHyperparameters, DpoSpec):
+    """The same, and the settings of the method `dpo`."""
+
+
+class Dpo(Wire):
+    """Settings of the method `dpo`."""
+
+    hyperparameters: WireDpoHyperparameters | None = None
+
+
 class Method(Wire):
     """How to fine-tune."""
 
-    type: Annotated[Literal["supervised"], BeforeValidator(_only_supervised)]
-    supervised: Supervised | None = None
-    dpo: Annotated[None, BeforeValidator(_no_other_method)] = None
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_no_reinforcement)]
+    supervised: Annotated[Supervised | None, BeforeValidator(_only_of_its_type)] = None
+    dpo: Annotated[Dpo | None, BeforeValidator(_only_of_its_type)] = None
     reinforcement: Annotated[None, BeforeValidator(_no_other_method)] = None
 
 
@@ -164,13 +182,30 @@ class CreateJob(Wire):
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
 
+    @property
+    def method_type(self) -> Literal["supervised", "dpo"]:
+        """How to fine-tune; `supervised` unless the body says otherwise."""
+        return "supervised" if self.method is None else self.method.type
+
     def effective_hyperparameters(self) -> Hyperparameters:
         """Those of `method`, and for what it does not name the deprecated top-level ones: nothing given is dropped."""
-        supervised = self.method.supervised if self.method is not None else None
-        given: dict[str, Any] = {}
-        for chosen in (self.hyperparameters, supervised and supervised.hyperparameters):
-            given |= chosen.model_dump(exclude_unset=True) if chosen is not None else {}
+        given = _given(self.hyperparameters, Hyperparameters) | _given(self._of_method(), Hyperparameters)
         return Hyperparameters.model_validate(given)
+
+    def dpo_settings(self) -> DpoSpec | None:
+        """What a job of the method `dpo` needs beside its hyperparameters; None for other methods."""
+        if self.method_type != "dpo":
+            return None
+        return DpoSpec.model_validate(_given(self._of_method(), DpoSpec))
+
+    def _of_method(self) -> WireHyperparameters | None:
+        settings = None if self.method is None else (self.method.supervised or self.method.dpo)
+        return None if settings is None else settings.hyperparameters
+
+
+def _given(chosen: BaseModel | None, contract: type[BaseModel]) -> dict[str, Any]:
+    """The part of the settings that was sent and belongs to the contract."""
+    return {} if chosen is None else chosen.model_dump(include=set(contract.model_fields), exclude_unset=True)
 
 
 def check_base_id(base_id: str) -> str:

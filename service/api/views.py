@@ -7,9 +7,8 @@ from typing import Any
 from service.jobs.states import JobState
 from service.store.aliases import Current
 from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
-from training.spec import AUTO
 
-TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
+TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")  # the last one where it has one
 
 Json = dict[str, Any]
 
@@ -20,7 +19,7 @@ def _seconds(at: float | None) -> int | None:
 
 def job_json(job: Job, organization: str) -> Json:
     """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there."""
-    chosen: Json = job.spec["hyperparameters"]
+    chosen: Json = {**job.spec["hyperparameters"], **(job.spec.get(job.method) or {})}  # a method's own beside them
     succeeded = job.state == JobState.SUCCEEDED
     return {
         "id": job.id,
@@ -36,7 +35,7 @@ def job_json(job: Job, organization: str) -> Json:
         "validation_file": job.validation_file_id,
         "result_files": job.result_file_ids,
         "trained_tokens": job.trained_tokens if succeeded else None,
-        "hyperparameters": {name: chosen.get(name, AUTO) for name in TOP_HYPERPARAMETERS},
+        "hyperparameters": {name: chosen[name] for name in TOP_HYPERPARAMETERS if name in chosen},
         "method": {"type": job.method, job.method: {"hyperparameters": chosen}},
         "seed": job.spec["seed"],
         "error": job.error,

@@ -131,6 +131,13 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
     return {"method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
 
 
+DPO = "method.dpo.hyperparameters"
+
+
+def dpo(**hyperparameters: Any) -> dict[str, Any]:
+    return {"method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}}
+
+
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
@@ -155,8 +162,15 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
         ({"metadata": {"k" * 65: "v"}}, "metadata", "invalid_value"),
         ({"metadata": {"k": "v" * 513}}, "metadata", "invalid_value"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "unsupported_parameter"),
-        ({"method": {"type": "dpo"}}, "method.type", "unsupported_parameter"),
-        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 1}}}}, "method.type", "unsupported_parameter"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "unsupported_parameter"),
+        (dpo(beta=0), f"{DPO}.beta", "invalid_value"),
+        (dpo(beta=2.1), f"{DPO}.beta", "invalid_value"),
+        (dpo(beta="0.1"), f"{DPO}.beta", "invalid_value"),
+        (dpo(loss_type="hinge"), f"{DPO}.loss_type", "invalid_value"),
+        (dpo(loss_type="ipo", gamma=1), f"{DPO}.gamma", "invalid_value"),
+        (dpo(bata=1), f"{DPO}.bata", "unknown_parameter"),
+        (dpo(learning_rate=0.1, learning_rate_multiplier=2), f"{DPO}.learning_rate_multiplier", "invalid_value"),
+        (supervised(beta=0.1), f"{SUPERVISED}.beta", "unknown_parameter"),
         ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_parameter"),
         ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo", "unsupported_parameter"),
         ({"method": {"type": "magic"}}, "method.type", "invalid_value"),

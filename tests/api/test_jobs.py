@@ -18,6 +18,7 @@ from service.platform import Platform
 from service.store import checkpoints, jobs, keys
 from service.store.database import now
 from tests.api.conftest import BASE, SLASHED_BASE, NewClient, upload
+from training.spec import DpoSpec, TrainSpec
 
 RETRY = {"x-stainless-retry-count": "1"}
 
@@ -91,6 +92,39 @@ def test_our_hyperparameters_ride_in_the_method(project_client: OpenAI, training
     assert echoed is not None
     assert ours.items() <= echoed.model_dump().items()
     assert extra(job, "adapter") == {"type": "none"}
+
+
+PAIR = (
+    b'{"input": {"messages": [{"role": "user", "content": "hi"}]}, '
+    b'"preferred_output": [{"role": "assistant", "content": "hello"}], '
+    b'"non_preferred_output": [{"role": "assistant", "content": "go away"}]}\n'
+)
+
+
+def test_a_dpo_job_echoes_its_settings_and_becomes_the_spec(project_client: OpenAI, platform: Platform) -> None:
+    pairs = upload(project_client, platform, PAIR * 10)
+    assert project_client.files.retrieve(pairs).status == "processed"
+    chosen: Any = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 0.5, "beta": 0.2}
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": chosen}}
+    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=pairs, method=method)
+    assert job.method is not None
+    assert job.method.type == "dpo"
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    echoed = job.method.dpo.hyperparameters.model_dump()
+    assert chosen.items() <= echoed.items()
+    assert (echoed["loss_type"], echoed["gamma"]) == ("sigmoid", "auto")
+    assert job.hyperparameters.model_dump() == chosen
+    assert job.method.supervised is None
+    with platform.db.read() as tx:
+        spec = TrainSpec.model_validate(jobs.by_id(tx, job.id).spec)
+    assert (spec.method, spec.dpo, spec.hyperparameters.n_epochs) == ("dpo", DpoSpec(beta=0.2), 2)
+
+
+def test_a_dpo_job_needs_no_settings(project_client: OpenAI, platform: Platform) -> None:
+    pairs = upload(project_client, platform, PAIR * 10)
+    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=pairs, method={"type": "dpo"})
+    assert job.hyperparameters.model_dump()["beta"] == "auto"
 
 
 def test_the_deprecated_hyperparameters_count_where_the_method_has_none(

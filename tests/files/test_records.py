@@ -12,11 +12,13 @@ import pytest
 from training.records import (
     ChatRecord,
     CompletionRecord,
+    PreferenceRecord,
     RecordError,
     TextRecord,
     iter_records,
     kind_of,
     parse_line,
+    sequences_of,
 )
 from training.strict_json import MAX_LINE_BYTES
 
@@ -93,7 +95,46 @@ def test_the_legacy_function_form_becomes_tools() -> None:
     assert record.messages[2].tool_call_id == record.messages[1].tool_calls[0].id
 
 
+def pair(
+    asked: Any = None, better: Any = (ANSWER,), worse: Any = ({"role": "assistant", "content": "no"},), **more: Any
+) -> bytes:
+    asked = {"messages": [USER]} if asked is None else asked
+    return json.dumps({"input": asked, "preferred_output": better, "non_preferred_output": worse, **more}).encode()
+
+
+def test_a_preference_becomes_two_conversations_that_train_on_their_answers_alone() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    record = parse_line(pair({"messages": [USER, ANSWER, USER], "tools": [tool], "parallel_tool_calls": True}), 1)
+    assert isinstance(record, PreferenceRecord)
+    assert kind_of(record) == "preference"
+    better, worse = sequences_of(record)
+    assert isinstance(better, ChatRecord)
+    assert isinstance(worse, ChatRecord)
+    assert [message.weight for message in better.messages] == [None, 0, None, None]
+    assert (better.messages[-1].content, worse.messages[-1].content) == ("yo", "no")
+    assert better.messages[:-1] == worse.messages[:-1]
+    assert (better.tools, better.parallel_tool_calls) == (worse.tools, worse.parallel_tool_calls) == ((tool,), True)
+
+
 FAULTS: list[tuple[bytes, str]] = [
+    (pair(worse=[ANSWER]), "non_preferred_output: the same as preferred_output, nothing to prefer"),
+    (pair(better=[]), "preferred_output: the list is empty"),
+    (pair(better=[ANSWER, ANSWER]), "preferred_output: must hold exactly one assistant message, it holds 2"),
+    (pair(better=[USER]), "preferred_output[0].role: must be assistant"),
+    (pair(worse=[{"role": "assistant", "content": 5}]), "non_preferred_output[0].content: 5 is not text"),
+    (pair(better=[ANSWER | {"weight": 1}]), "preferred_output[0].weight: has no meaning here"),
+    (pair({"messages": [USER, ANSWER]}), "input.messages[1].role: the assistant's answers are the outputs"),
+    (pair({"messages": [USER, ANSWER | {"weight": 1}, USER]}), "input.messages: weight has no meaning here"),
+    (pair({"messages": []}), "input.messages: the list is empty"),
+    (pair({"messages": [{"role": "bot"}]}), 'input.messages[0].role: "bot" is not a role'),
+    (pair({}), "input.messages: missing"),
+    (pair("hi"), 'input: "hi" is not an object with messages'),
+    (pair({"messages": [USER], "tools": [{}]}), 'input.tools[0].type: must be "function"'),
+    (pair({"messages": [USER], "n": 1}), 'input: unknown key "n"'),
+    (pair(note="x"), 'unknown key "note"'),
+    (b'{"preferred_output": []}', "input: missing"),
+    (b'{"input": {"messages": [{"role": "user", "content": "x"}]}, "preferred_output": []}', "the list is empty"),
+    (b'{"prompt_": "a", "chosen": "b", "rejected": "c"}', 'rename "chosen" to "preferred_output"'),
     (
         chat(USER, {"role": "bot", "content": "x"}),
         'messages[1].role: "bot" is not a role; use system, developer, user,',
@@ -144,7 +185,10 @@ FAULTS: list[tuple[bytes, str]] = [
     (b'{"prompt": "a", "completion": null}', "completion: null is not text"),
     (b'{"prompt": "a", "completion": ""}', "completion: empty, nothing to train on"),
     (b'{"text": ""}', "text: empty, nothing to train on"),
-    (b'{"question": "a", "answer": "b"}', '"messages" (chat), "prompt" and "completion", or "text"; rename "question"'),
+    (
+        b'{"question": "a", "answer": "b"}',
+        '"messages" (chat), "prompt" and "completion", "text", or "input", "preferred_output" ',
+    ),
     (b'{"text": "a", "text": "b"}', 'the key "text" appears twice'),
     (b'{"text": NaN}', "NaN is not JSON"),
     (b'{"text": -Infinity}', "-Infinity is not JSON"),

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from training.artifact import Fingerprint, Manifest, commit, hash_files
 from training.progress import Item, ProgressItem, Wish
-from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.spec import BaseRef, DpoSpec, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
 BASE_KEY = "bases/tiny"
@@ -95,6 +95,30 @@ def write_rows(storage: Storage, key: str, num_rows: int = 12, first: int = 0) -
         rows.append(json.dumps({"messages": messages}))
     storage.write_bytes(key, "\n".join(rows).encode())
     return key
+
+
+def write_preferences(storage: Storage, key: str, num_rows: int = 12, first: int = 0) -> str:
+    """Preference rows of different lengths: the better answer ends with "!", the worse one with "?"."""
+    rows = []
+    for i in range(first, first + num_rows):
+        better, worse = ([{"role": "assistant", "content": f"{i % 3}" + mark * (1 + i % 4)}] for mark in "!?")
+        asked = {"messages": [{"role": "user", "content": f"what is {i}?"}]}
+        rows.append(json.dumps({"input": asked, "preferred_output": better, "non_preferred_output": worse}))
+    storage.write_bytes(key, "\n".join(rows).encode())
+    return key
+
+
+def make_dpo_spec(
+    storage: Storage, base: BaseRef, lora: bool = True, loss_type: str = "sigmoid", **changes: Any
+) -> TrainSpec:
+    """The same over preference rows."""
+    settings = {"beta": 0.5, "gamma": 1.0 if loss_type == "simpo" else 0.0, "loss_type": loss_type}
+    own = {
+        "method": "dpo",
+        "dpo": DpoSpec.model_validate(settings),
+        "training_key": write_preferences(storage, "files/pairs"),
+    }
+    return make_spec(storage, base, lora, **{**own, **changes})
 
 
 def make_spec(storage: Storage, base: BaseRef, lora: bool = True, dropout: float = 0.0, **changes: Any) -> TrainSpec:

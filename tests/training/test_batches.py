@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.batches import Batches, collate
-from training.methods.supervised import loss_sums
+from training.methods import supervised
 from training.model import load_model
+from training.spec import BaseRef, TrainSpec
 
 TINY = {
     "vocab_size": 61,
@@ -46,7 +47,7 @@ class Rows:
     """Examples in memory, indexed as a data set is."""
 
     def __init__(self, input_ids: list[list[int]], trained: list[list[bool]]) -> None:
-        self.columns = {"input_ids": input_ids, "trained": trained}
+        self.columns = {"input_ids": input_ids, "trained": trained, "lengths": [[len(ids)] for ids in input_ids]}
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -72,11 +73,16 @@ def tiny_model(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     return load_model(folder, torch.float32, torch.device("cpu"))
 
 
+def supervised_loss(model: PreTrainedModel, rows: Rows, part: list[int]) -> torch.Tensor:
+    spec = TrainSpec(base=BaseRef(id="", key="", content_hash=""), training_key="")
+    return supervised.loss_sums(spec, model, collate(rows[part])).loss
+
+
 def loss_and_gradients(model: PreTrainedModel, rows: Rows, parts: list[list[int]]) -> tuple[float, torch.Tensor]:
     model.zero_grad()
     total = 0.0
     for part in parts:
-        loss, _ = loss_sums(model, collate(rows[part]))
+        loss = supervised_loss(model, rows, part)
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -118,7 +124,7 @@ def test_our_loss_is_that_of_plain_transformers(tmp_path: Path, config: dict[str
         labels = torch.tensor([[token if on else -100 for token, on in zip(ids, trained, strict=True)]])
         num_trained = (labels[:, 1:] != -100).sum().item()
         expected += plain(torch.tensor([ids]), labels=labels).loss.item() * num_trained
-    assert loss_sums(model, collate(rows[[0, 1]]))[0].item() == pytest.approx(expected, rel=1e-5)
+    assert supervised_loss(model, rows, [0, 1]).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_epoch_holds_every_example_once_and_epochs_differ() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.runs import Recorder, make_base, make_spec, write_rows
+from tests.training.runs import Recorder, make_base, make_dpo_spec, make_spec, write_rows
 from training.loop import run
 from training.progress import CheckpointSaved, EvalMetrics, StepMetrics, Wish
 from training.spec import TrainSpec
@@ -40,7 +40,24 @@ def cut_after(storage: Storage, spec: TrainSpec, run_key: str, step: int) -> Non
 )
 def test_ten_steps_are_five_and_five_more(tmp_path: Path, changes: dict[str, Any]) -> None:
     storage = Storage(str(tmp_path / "storage"))
-    spec = make_spec(storage, make_base(storage), n_epochs=5, batch_size=6, validation_key="files/train", **changes)
+    base = make_base(storage)
+    spec = make_spec(storage, base, n_epochs=5, batch_size=6, validation_key="files/train", **changes)
+    check_ten_are_five_and_five(storage, spec, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": True, "dropout": 0.3, "gradient_accumulation_steps": 2}, {"lora": False}],
+    ids=["lora-dropout-accumulation", "full-fp32"],
+)
+def test_preferences_resume_with_the_reference_of_the_start_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
+    storage = Storage(str(tmp_path / "storage"))
+    base = make_base(storage)
+    spec = make_dpo_spec(storage, base, n_epochs=5, batch_size=6, validation_key="files/pairs", **changes)
+    check_ten_are_five_and_five(storage, spec, tmp_path)
+
+
+def check_ten_are_five_and_five(storage: Storage, spec: TrainSpec, tmp_path: Path) -> None:
     whole, resumed = Recorder(), Recorder()
     run(spec, storage, "runs/one", whole, tmp_path)
     assert [item.step for item in whole.of(StepMetrics)] == list(range(1, 11))

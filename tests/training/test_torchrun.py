@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import make_base, make_spec, write_rows
+from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
 from training.artifact import read_manifest
 from training.spec import EarlyStopping, TrainSpec
 from training.storage import Storage
@@ -66,6 +66,16 @@ def test_several_workers_resume_to_the_bit_and_agree_with_one(storage: Storage, 
     assert resumed == whole[-len(resumed) :]
     assert [item["step"] for item in resumed if item["kind"] == "step"] == [3, 4, 5, 6]
     assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
+
+
+def test_two_workers_share_pairs_and_the_reference_of_full_weights(storage: Storage) -> None:
+    base = make_base(storage)
+    fields = {"lora": False, "n_epochs": 2, "batch_size": 5, "validation_key": "files/pairs", "learning_rate": 1e-3}
+    alone = train(storage, make_dpo_spec(storage, base, **fields), "runs/alone")
+    shared = train(storage, make_dpo_spec(storage, base, num_workers=2, **fields), "runs/two")
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:
