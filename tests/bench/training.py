@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.bench import loss_curve
 from tests.bench.material import MAX_LENGTH, Rows, chat_rows, make_bases
 from training.attention import PACKED
 from training.evaluation import evaluate
@@ -41,6 +42,7 @@ GOALS = {
     "valid_loss_vs_trl": "<= 1.005",
     "two_workers_vs_one": ">= 1.7",
     "rss_vs_trl": "<= 1",
+    "loss_curve_vs_plain": "<= 1e-4",
 }
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / ".peers/trl/bin/python"
@@ -120,7 +122,22 @@ class _Bench:
         figures |= {"valid_loss_vs_trl": losses[0] / losses[1], "valid_loss": losses[0], "trl_valid_loss": losses[1]}
         one, two = (self._ours(CASES[1], num_workers=number, num_threads=1) for number in (1, 2))
         figures["two_workers_vs_one"] = two.tokens_per_s / one.tokens_per_s
+        figures["loss_curve_vs_plain"] = self._loss_curve()
         return figures
+
+    def _loss_curve(self) -> float:
+        """Largest relative difference between our fp32 losses and a plain loop's."""
+        num_rows = loss_curve.NUM_STEPS * loss_curve.ROWS_PER_STEP
+        self.rows.write(Path(self.storage.path("files/curve")), NUM_VALID_ROWS, num_rows)
+        spec = self._spec(CASES[0], 1)
+        changes = {"batch_size": loss_curve.ROWS_PER_STEP, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0}
+        hyper = spec.hyperparameters.model_copy(update=changes)
+        fields = {"training_key": "files/curve", "precision": "fp32", "hyperparameters": hyper}
+        spec = spec.model_copy(update=fields)
+        steps, _ = self._train(spec, "curve", 0)
+        return loss_curve.largest_difference(
+            [step["train_loss"] for step in steps], loss_curve.plain_losses(spec, self.storage)
+        )
 
     def _rows_per_step(self, case: Case) -> int:
         return self.rows.per_tokens(case.num_packed * MAX_LENGTH) if case.num_packed else NUM_DEFAULT_ROWS
@@ -131,20 +148,22 @@ class _Bench:
         return path
 
     def _ours(self, case: Case, num_workers: int = 1, num_threads: int = 0) -> Speed:
-        """`python -m training`, as a user runs it without the service."""
-        spec = self._spec(case, num_workers)
         name = f"{case.name}_{case.num_packed}_{num_workers}_{num_threads}"
+        steps, rss = self._train(self._spec(case, num_workers), name, num_threads)
+        if case is CASES[0] and not num_threads:
+            self._keep(self.folder / "runs" / name / "artifact", self.folder / "ours" / case.name)
+        return _speed([step["at"] for step in steps], [step["num_trained_tokens"] for step in steps], rss)
+
+    def _train(self, spec: TrainSpec, name: str, num_threads: int) -> tuple[list[dict[str, Any]], int]:
+        """`python -m training`, as a user runs it without the service: its steps and peak memory."""
         run_dir, spec_file = self.folder / "runs" / name, self.folder / f"{name}.json"
         spec_file.write_text(spec.model_dump_json())
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
-        command = [sys.executable, *(launcher if num_workers > 1 else []), "-m", "training", str(spec_file)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.num_workers)]
+        command = [sys.executable, *(launcher if spec.num_workers > 1 else []), "-m", "training", str(spec_file)]
         command += ["--run-dir", str(run_dir), "--storage", str(self.folder)]
         _, rss = _measured(command, num_threads)
-        if case is CASES[0] and not num_threads:
-            self._keep(run_dir / "artifact", self.folder / "ours" / case.name)
         items = [json.loads(line) for line in (run_dir / "progress.jsonl").read_text().splitlines()]
-        steps = [item for item in items if item["kind"] == "step"]
-        return _speed([step["at"] for step in steps], [step["num_trained_tokens"] for step in steps], rss)
+        return [item for item in items if item["kind"] == "step"], rss
 
     def _keep(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
