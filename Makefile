@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .peers
 
-.PHONY: setup demo up lint test test-fast test-long lock clean
+.PHONY: setup demo up lint test test-fast test-long peers lock clean
 
 setup: $(STAMP)
 
@@ -33,8 +34,16 @@ test: lint
 test-long: setup
 	$(BIN)/pytest -m long --timeout 1200
 
+# What benchmarks measure against, each in an environment of its own.
+peers: $(PEERS)/trl/.installed
+
+$(PEERS)/%/.installed: tests/bench/peers/requirements-%.txt
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/pip install --quiet --requirement $<
+	touch $@
+
 lock: setup
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

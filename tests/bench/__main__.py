@@ -9,7 +9,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("story",)
+BENCHMARKS = ("story", "training")
 
 
 def main() -> None:

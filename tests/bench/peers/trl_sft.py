@@ -1,0 +1,108 @@
+"""The peer of the training benchmark: one run of TRL's SFTTrainer, in the environment that `make peers` builds.
+
+`python trl_sft.py SETTINGS`, with SETTINGS a JSON object of the fields of `Settings`; the last line printed is a JSON
+object with the time after each optimizer step and the tokens with loss that each step was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run."""
+
+    model: str  # folder
+    rows: str  # JSONL of chat rows
+    output: str  # folder for the trained model
+    best: bool  # packing and bf16; else padded and fp32, TRL's usual start
+    lora_rank: int  # 0 trains all weights
+    lora_alpha: float
+    batch_size: int  # rows; packed ones of max_length in mode best
+    accumulation: int  # micro-batches that a batch is made of
+    gradient_checkpointing: bool
+    max_length: int
+    learning_rate: float
+    max_steps: int  # -1: one epoch
+
+
+class CountingTrainer(SFTTrainer):
+    """Counts the labels that the loss is taken over, micro-batch by micro-batch."""
+
+    num_tokens = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.num_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Clock(TrainerCallback):
+    """Time and tokens at the end of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self.num_tokens: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.at.append(time.time())
+        total, self.trainer.num_tokens = self.trainer.num_tokens, 0
+        self.num_tokens.append(total)
+
+
+def config(settings: Settings) -> SFTConfig:
+    """The same hyperparameters as ours; everything else as TRL has it."""
+    return SFTConfig(
+        output_dir=settings.output,
+        packing=settings.best,
+        bf16=settings.best,
+        max_length=settings.max_length,
+        assistant_only_loss=True,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        per_device_train_batch_size=settings.batch_size // settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.05,
+        num_train_epochs=1,
+        max_steps=settings.max_steps,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+
+def main() -> None:
+    """Train, save, report."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    with open(settings.rows) as file:
+        rows = Dataset.from_list([json.loads(line) for line in file])
+    rank = settings.lora_rank
+    lora = LoraConfig(r=rank, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = Clock()
+    clock.trainer = CountingTrainer(
+        model=settings.model,
+        args=config(settings),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(settings.model),
+        peft_config=lora if rank else None,
+        callbacks=[clock],
+    )
+    clock.trainer.train()
+    clock.trainer.save_model(settings.output)
+    print(json.dumps({"at": clock.at, "num_tokens": clock.num_tokens}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Training beside TRL's SFTTrainer: the same rows, models, hyperparameters and loss (assistant tokens only).
+
+A token counts, on both sides, when a loss is taken over it: ours by the run's own step metrics, theirs by the labels
+that are not ignored after the shift. Speed is tokens over time from the end of step 2 to the end of the last one.
+Each run is a process of its own, with all cores unless said otherwise; its peak memory is what the kernel says of it.
+
+The peer's mode `best` packs rows to 512 tokens, in bf16, one packed row per micro-batch and without gradient
+checkpointing. More rows per micro-batch are slower for it on a CPU: TRL flattens them into one row, and attention
+then sees the square of their sum. Its mode `default` is 8 padded rows in fp32, with TRL's gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.bench import loss_curve
+from tests.bench.material import MAX_LENGTH, Rows, chat_rows, make_bases
+from training.attention import PACKED
+from training.evaluation import evaluate
+from training.examples import load_examples
+from training.methods.supervised import loss_sums
+from training.parallel import Workers
+from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.storage import Storage
+
+GOALS = {
+    "full_8m_vs_trl_best": ">= 3",
+    "lora_8m_vs_trl_best": ">= 3",
+    "full_110m_vs_trl_best": ">= 3",
+    "lora_110m_vs_trl_best": ">= 3",
+    "full_8m_vs_trl_default": ">= 6",
+    "valid_loss_vs_trl": "<= 1.005",
+    "two_workers_vs_one": ">= 1.7",
+    "rss_vs_trl": "<= 1",
+    "loss_curve_vs_plain": "<= 1e-4",
+}
+ROOT = Path(__file__).resolve().parents[2]
+PEER = ROOT / ".peers/trl/bin/python"
+TRL_SFT = ROOT / "tests/bench/peers/trl_sft.py"
+RANK, ALPHA = 16, 32.0
+NUM_VALID_ROWS = 200
+NUM_WARMUP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides train: a model, how, and how much of the data in one epoch."""
+
+    size: str
+    lora: bool
+    num_packed: int  # rows of 512 tokens per step of the peer; ours takes as many rows as have about these tokens
+    num_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{'lora' if self.lora else 'full'}_{self.size}"
+
+    @property
+    def learning_rate(self) -> float:
+        return 1e-3 if self.size == "8m" else 3e-4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One run's figures."""
+
+    tokens_per_s: float
+    rss_bytes: int
+
+
+CASES = (
+    Case("8m", lora=False, num_packed=8, num_steps=16),
+    Case("8m", lora=True, num_packed=8, num_steps=8),
+    Case("110m", lora=False, num_packed=4, num_steps=5),
+    Case("110m", lora=True, num_packed=4, num_steps=5),
+)
+DEFAULT = Case("8m", lora=False, num_packed=0, num_steps=12)  # 8 rows per step on both sides
+NUM_DEFAULT_ROWS = 8
+
+
+def run() -> dict[str, float]:
+    """All figures; needs the peer's environment."""
+    if not PEER.exists():
+        print("run `make peers` first", file=sys.stderr)
+        raise SystemExit(1)
+    with tempfile.TemporaryDirectory() as folder:
+        return _Bench(Storage(folder), Path(folder)).run()
+
+
+class _Bench:
+    """One storage with the bases and rows that all runs share."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        rows = chat_rows()[:3000]
+        self.storage, self.folder = storage, folder
+        self.bases: dict[str, BaseRef] = make_bases(storage, rows)
+        self.rows = Rows(Path(storage.path(self.bases["8m"].key)), rows)
+        self.rows.write(Path(storage.path("files/valid")), 0, NUM_VALID_ROWS)
+
+    def run(self) -> dict[str, float]:
+        """Both sides of each comparison, one directly after the other."""
+        figures: dict[str, float] = {}
+        rss_ratios = []
+        for case in CASES:
+            theirs, ours = self._theirs(case, best=True), self._ours(case)
+            figures |= _compared(f"{case.name}_vs_trl_best", ours, theirs)
+            rss_ratios.append(ours.rss_bytes / theirs.rss_bytes)
+            figures[f"{case.name}_rss_vs_trl"] = rss_ratios[-1]
+        figures["rss_vs_trl"] = max(rss_ratios)
+        figures |= _compared("full_8m_vs_trl_default", self._ours(DEFAULT), self._theirs(DEFAULT, best=False))
+        losses = [self._valid_loss(self.folder / f"{side}/{CASES[0].name}") for side in ("ours", "theirs")]
+        figures |= {"valid_loss_vs_trl": losses[0] / losses[1], "valid_loss": losses[0], "trl_valid_loss": losses[1]}
+        one, two = (self._ours(CASES[1], num_workers=number, num_threads=1) for number in (1, 2))
+        figures["two_workers_vs_one"] = two.tokens_per_s / one.tokens_per_s
+        figures["loss_curve_vs_plain"] = self._loss_curve()
+        return figures
+
+    def _loss_curve(self) -> float:
+        """Largest relative difference between our fp32 losses and a plain loop's."""
+        num_rows = loss_curve.NUM_STEPS * loss_curve.ROWS_PER_STEP
+        self.rows.write(Path(self.storage.path("files/curve")), NUM_VALID_ROWS, num_rows)
+        spec = self._spec(CASES[0], 1)
+        changes = {"batch_size": loss_curve.ROWS_PER_STEP, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0}
+        hyper = spec.hyperparameters.model_copy(update=changes)
+        fields = {"training_key": "files/curve", "precision": "fp32", "hyperparameters": hyper}
+        spec = spec.model_copy(update=fields)
+        steps, _ = self._train(spec, "curve", 0)
+        return loss_curve.largest_difference(
+            [step["train_loss"] for step in steps], loss_curve.plain_losses(spec, self.storage)
+        )
+
+    def _rows_per_step(self, case: Case) -> int:
+        return self.rows.per_tokens(case.num_packed * MAX_LENGTH) if case.num_packed else NUM_DEFAULT_ROWS
+
+    def _write_rows(self, case: Case) -> Path:
+        path = Path(self.storage.path(f"files/{case.name}_{case.num_packed}"))
+        self.rows.write(path, NUM_VALID_ROWS, case.num_steps * self._rows_per_step(case))
+        return path
+
+    def _ours(self, case: Case, num_workers: int = 1, num_threads: int = 0) -> Speed:
+        name = f"{case.name}_{case.num_packed}_{num_workers}_{num_threads}"
+        steps, rss = self._train(self._spec(case, num_workers), name, num_threads)
+        if case is CASES[0] and not num_threads:
+            self._keep(self.folder / "runs" / name / "artifact", self.folder / "ours" / case.name)
+        return _speed([step["at"] for step in steps], [step["num_trained_tokens"] for step in steps], rss)
+
+    def _train(self, spec: TrainSpec, name: str, num_threads: int) -> tuple[list[dict[str, Any]], int]:
+        """`python -m training`, as a user runs it without the service: its steps and peak memory."""
+        run_dir, spec_file = self.folder / "runs" / name, self.folder / f"{name}.json"
+        spec_file.write_text(spec.model_dump_json())
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.num_workers)]
+        command = [sys.executable, *(launcher if spec.num_workers > 1 else []), "-m", "training", str(spec_file)]
+        command += ["--run-dir", str(run_dir), "--storage", str(self.folder)]
+        _, rss = _measured(command, num_threads)
+        items = [json.loads(line) for line in (run_dir / "progress.jsonl").read_text().splitlines()]
+        return [item for item in items if item["kind"] == "step"], rss
+
+    def _keep(self, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+
+    def _spec(self, case: Case, num_workers: int) -> TrainSpec:
+        path = self._write_rows(case)
+        hyper = Hyperparameters(
+            n_epochs=1,
+            batch_size=self._rows_per_step(case),
+            learning_rate_multiplier=1.0,
+            learning_rate=case.learning_rate,
+            gradient_accumulation_steps=max(1, case.num_packed // num_workers),
+            max_length=MAX_LENGTH,
+        )
+        return TrainSpec(
+            base=self.bases[case.size],
+            training_key=f"files/{path.name}",
+            adapter=LoraSpec(rank=RANK, alpha=ALPHA) if case.lora else None,
+            hyperparameters=hyper,
+            precision="bf16",
+            num_workers=num_workers,
+            eval_interval=1000,
+            checkpoint_interval=1000,
+        )
+
+    def _theirs(self, case: Case, *, best: bool) -> Speed:
+        settings = {
+            "model": self.storage.path(self.bases[case.size].key),
+            "rows": str(self._write_rows(case)),
+            "output": str(self.folder / "theirs" / (case.name if best else "default")),
+            "best": best,
+            "lora_rank": RANK if case.lora else 0,
+            "lora_alpha": ALPHA,
+            "batch_size": case.num_packed or NUM_DEFAULT_ROWS,
+            "accumulation": case.num_packed if best else 1,
+            "gradient_checkpointing": not best,
+            "max_length": MAX_LENGTH,
+            "learning_rate": case.learning_rate,
+            "max_steps": -1,
+        }
+        output, rss = _measured([str(PEER), str(TRL_SFT), json.dumps(settings)], 0)
+        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return _speed(result["at"], result["num_tokens"], rss)
+
+    def _valid_loss(self, model_folder: Path) -> float:
+        """Mean over the trained tokens of rows that neither side has seen, in fp32, by one evaluator for both."""
+        spec = self._spec(CASES[0], 1).model_copy(update={"training_key": "files/valid"})
+        examples, _ = load_examples(spec, self.storage)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=PACKED)
+        return evaluate(model, loss_sums, examples, Workers(0, 1, torch.device("cpu")), 8).loss
+
+
+def _measured(command: list[str], num_threads: int) -> tuple[str, int]:
+    """Output and peak memory of a process; RuntimeError with the end of what it said if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if num_threads:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        environment["HF_DATASETS_CACHE"] = cache
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{command[:4]} failed:\n{out.read()[-1000:]}\n{err.read()[-3000:]}")
+        return out.read(), usage.ru_maxrss * 1024
+
+
+def _speed(at: list[float], num_tokens: list[int], rss_bytes: int) -> Speed:
+    first = NUM_WARMUP_STEPS
+    return Speed(sum(num_tokens[first:]) / (at[-1] - at[first - 1]), rss_bytes)
+
+
+def _compared(name: str, ours: Speed, theirs: Speed) -> dict[str, float]:
+    """The ratio, and what it is made of."""
+    print(f"{name}: ours {ours}, theirs {theirs}", file=sys.stderr, flush=True)
+    return {
+        name: ours.tokens_per_s / theirs.tokens_per_s,
+        f"{name}_tokens_per_s": ours.tokens_per_s,
+        f"{name}_peer_tokens_per_s": theirs.tokens_per_s,
+    }
