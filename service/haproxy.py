@@ -64,13 +64,15 @@ def _state_file(settings: Settings) -> Path:
 
 
 def _record(settings: Settings, folder: str, pids: list[int]) -> None:
-    _state_file(settings).write_text(json.dumps({"folder": folder, "pids": pids}))
+    fresh = _state_file(settings).with_suffix(".new")
+    fresh.write_text(json.dumps({"folder": folder, "pids": pids}))
+    fresh.replace(_state_file(settings))  # whole or not at all: a torn record would hide an orphan
 
 
 def _recorded_folder(settings: Settings) -> str | None:
     try:
         return str(json.loads(_state_file(settings).read_text())["folder"])
-    except (FileNotFoundError, json.JSONDecodeError):  # never on, or killed while it was being written
+    except FileNotFoundError:  # it was never on
         return None
 
 

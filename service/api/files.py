@@ -19,7 +19,7 @@ from service.files.filenames import content_disposition
 from service.files.upload import Upload, receive
 from service.files.validation import VALIDATED_PURPOSE
 from service.platform import Platform
-from service.store import files, jobs, tasks
+from service.store import files, tasks
 from service.store.database import now
 from service.store.paging import Page, page
 from service.store.tables import File
@@ -122,15 +122,7 @@ def _chunks(source: IO[bytes]) -> Iterator[bytes]:
 def delete_file(file_id: str, platform: PlatformDep, caller: FilesDep) -> dict[str, Any]:
     """Delete a file that no unfinished job needs; its bytes are removed by a task."""
     with platform.db.write() as tx:
-        row = files.get(tx, caller.project_id, file_id)
-        job = jobs.open_with_file(tx, row.id)
-        if job is not None:
-            raise InvalidRequest(
-                f"The file is used by job {job.id}, which is {job.state}; cancel it or wait until it has finished.",
-                param="file_id",
-                code="file_in_use",
-            )
-        files.delete(tx, caller.project_id, row.id)
+        row = files.delete(tx, caller.project_id, file_id)
         tasks.add(tx, "delete_folder", {"key": row.storage_key})
     return {"id": row.id, "object": "file", "deleted": True}
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.shared import DATA
-from tests.training.runs import write_model
+from tests.training.runs import SPECIALS, write_model
 from training.artifact import Fingerprint, Manifest, commit, hash_files
 from training.records import iter_records
 from training.render import Example, Renderer
@@ -21,7 +21,6 @@ from training.storage import Storage
 
 MAX_LENGTH = 512
 VOCAB_SIZE = 8192
-SPECIALS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
