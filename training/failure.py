@@ -21,6 +21,17 @@ def out_of_memory() -> Failure:
     )
 
 
+def not_finite(step: int, what: str, kept: list[int]) -> Failure:
+    """The failure of a run whose numbers have become infinite or none at all; `kept` are its checkpoints."""
+    where = f"The checkpoint of step {kept[-1]} is kept. " if kept else ""
+    return Failure(
+        "loss_not_finite",
+        f"Training stopped at step {step}: {what}. {where}Use a lower learning_rate or a longer warm-up, and check the "
+        "files for unusual rows.",
+        "hyperparameters.learning_rate",
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short. On a CPU torch raises a plain RuntimeError for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

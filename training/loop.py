@@ -22,7 +22,7 @@ from training.checkpoints import Checkpoints, TrainerState
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
-from training.failure import Failure, check_flag, is_out_of_memory, out_of_memory
+from training.failure import Failure, check_flag, is_out_of_memory, not_finite, out_of_memory
 from training.lora import inject
 from training.methods import dpo, supervised
 from training.methods.interface import Method
@@ -216,7 +216,8 @@ class _Run:
         rate = learning_rate(hyper, self.step, self.batches.total_steps)
         count, num_tokens = max(totals[COUNT], 1.0), totals[TOKENS]
         self.train_loss, self.train_accuracy, norm = totals[LOSS] / count, totals[CORRECT] / count, norm_sum / count
-        self._check_finite(self.train_loss, norm, rate)
+        what = f"loss {self.train_loss}, gradient norm {norm}, learning rate {rate:.3g}; the step was not applied"
+        self._check_finite(self.train_loss + norm, what)
         self.trainer.step(rate, min(1.0, hyper.max_grad_norm / (norm + 1e-6)) / count)
         self.num_trained_tokens += round(num_tokens)
         self.reporter.say(
@@ -232,20 +233,10 @@ class _Run:
             tokens_per_s=num_tokens / (time.perf_counter() - started),
         )
 
-    def _check_finite(self, loss: float, norm: float, rate: float) -> None:
-        """Stop before the weights are damaged."""
-        total = loss + norm
-        if total - total == 0:  # false for infinities and for what is not a number
-            return
-        kept = self.checkpoints.committed()
-        raise Failure(
-            "loss_not_finite",
-            f"Training stopped at step {self.step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}. "
-            "The step was not applied"
-            + (f", and the checkpoint of step {kept[-1]} is kept. " if kept else ". ")
-            + "Use a lower learning_rate or a longer warm-up, and check the training file for unusual rows.",
-            "hyperparameters.learning_rate",
-        )
+    def _check_finite(self, total: float, what: str) -> None:
+        """Stop before weights, or a checkpoint of weights that are useless already, do damage."""
+        if total - total != 0:  # true for infinities and for what is not a number
+            raise not_finite(self.step, what, self.checkpoints.committed())
 
     def _seed(self) -> None:
         """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
@@ -258,6 +249,7 @@ class _Run:
         if not self.valid_set or not is_due:
             return
         result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size)
+        self._check_finite(result.loss, f"the validation loss is {result.loss}")
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(
