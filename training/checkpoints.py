@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from safetensors.torch import load_file
 
 from training.artifact import MANIFEST, commit, read_manifest
@@ -67,14 +68,14 @@ class Checkpoints:
         """The stored state of a step."""
         return TrainerState.model_validate_json(self.storage.read_bytes(f"{self.key(step)}/{STATE_FILE}"))
 
-    def save(self, exporter: Exporter, state: TrainerState, scratch_dir: Path) -> str:
-        """Write and commit the checkpoint of `state.step`; returns its manifest's hash."""
+    def save(self, exporter: Exporter, state: TrainerState, tensors: dict[str, torch.Tensor], scratch_dir: Path) -> str:
+        """Write and commit the checkpoint of `state.step`, whose trainer gave `tensors`; its manifest's hash."""
         return exporter.commit(
             self.storage,
             self.key(state.step),
             scratch_dir,
             state.step,
-            exporter.trainer.state(),
+            tensors,
             state.model_dump_json(indent=2).encode(),
         )
 
@@ -84,7 +85,7 @@ class Checkpoints:
         if not steps:
             return None
         manifest = read_manifest(self.storage, self.key(steps[-1]))
-        if manifest is None or manifest.spec != self.spec:
+        if manifest is None or manifest.spec is None or not manifest.spec.trains_like(self.spec):
             raise Failure("checkpoint_mismatch", "The run folder holds checkpoints of another specification.")
         folder = self.storage.local_folder(self.key(steps[-1]))
         exporter.trainer.load_state(load_file(folder / OPTIMIZER_FILE))

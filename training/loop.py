@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Literal, cast
 
 import torch
 
+from training import fsdp
 from training.artifact import read_manifest
-from training.batches import Batches, Examples
+from training.batches import Batches, Examples, MicroBatch, collate
 from training.checkpoints import Checkpoints, TrainerState
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
@@ -178,10 +179,16 @@ class _Run:
         spec = self.spec
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
-        self.model = load_model(base_folder, full_load, self.workers.device)
+        is_sharded, settings = spec.parallel == "fsdp", (spec.hyperparameters, NUM_SUMS)
+        self.model = load_model(base_folder, full_load, torch.device("cpu") if is_sharded else self.workers.device)
         if spec.adapter is not None:
             inject(self.model, spec.adapter, spec.seed)
-        self.trainer = Trainer(self.model, spec.hyperparameters, NUM_SUMS, dtype if spec.adapter is None else None)
+        compute = dtype if spec.adapter is None else None
+        self.trainer = (
+            fsdp.make_trainer(self.model, *settings, compute, self.workers)
+            if is_sharded
+            else Trainer(self.model, *settings, compute)
+        )
         self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
 
     def _train_step(self) -> Wish:
@@ -191,24 +198,33 @@ class _Run:
         self.trainer.zero()
         sums = self.trainer.sums
         try:
-            for batch in self.batches.micro_batches(self.step):
+            for batch, counts in self._micro_batches():
                 found = self.loss_sums(self.model, batch.to(self.workers.device))
-                found.loss.backward()
+                (found.loss * counts).backward()
+                if not counts:
+                    continue
                 sums[LOSS] += found.loss.detach()
                 sums[CORRECT] += found.num_correct
                 sums[COUNT] += found.num_counted
                 sums[TOKENS] += len(batch.targets)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if self.spec.parallel == "fsdp" or not is_out_of_memory(error):
                 raise
             sums[OUT_OF_MEMORY] += 1
         if self.workers.rank == 0:
             sums[WISH] += WISHES.index(self.reporter.wish)
-        self.workers.sum_(self.trainer.flat)
+        self.trainer.reduce(self.workers)
         *totals, norm = torch.cat([sums, self.trainer.grad_norm()[None]]).tolist()  # the step's only wait for a device
         check_flag(totals[OUT_OF_MEMORY])
         self._update(totals, norm, started)
         return WISHES[round(totals[WISH])]
+
+    def _micro_batches(self) -> Iterable[tuple[MicroBatch, bool]]:
+        """This worker's micro-batches of the step, and whether each counts."""
+        mine = self.batches.micro_batches(self.step)
+        if self.spec.parallel == "fsdp":
+            return fsdp.with_idle_passes(mine, collate(self.train_set[[0]]), self.workers)
+        return ((batch, True) for batch in mine)
 
     def _update(self, totals: list[float], norm_sum: float, started: float) -> None:
         """The optimizer step, after looking at what it would do."""
@@ -260,6 +276,7 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         """Checkpoint of exactly this step, then make room."""
+        tensors = self.trainer.state()  # sharded weights are gathered from all workers
         if self.workers.rank != 0:
             return
         evaluation = self.evaluation[1] if self.evaluation and self.evaluation[0] == self.step else None
@@ -274,7 +291,7 @@ class _Run:
             valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
             curve=self.curve,
         )
-        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir)
+        manifest_hash = self.checkpoints.save(self.exporter, state, tensors, self.scratch_dir)
         self._say_checkpoint(state, manifest_hash)
         for step in self.checkpoints.prune():
             self.reporter.say(CheckpointDeleted, step=step, key=self.checkpoints.key(step))

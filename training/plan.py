@@ -61,7 +61,7 @@ class Plan(Contract):
     num_validation_tokens: int
     max_example_tokens: int
     total_steps: int  # optimizer steps: n_epochs * ceil(num_examples / batch_size)
-    peak_memory_bytes: int  # per worker, see `estimate.peak_memory`
+    peak_memory_bytes: int  # per worker: of its process, or of its GPU
     checkpoint_bytes: int  # of one
     artifact_bytes: int
     warnings: list[str]
@@ -87,8 +87,9 @@ class _Counts:
         return int(self.tokens.max(initial=0))
 
 
-def plan(spec: TrainSpec, storage: Storage) -> Plan:
-    """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is."""
+def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
+    """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is.
+    `on_gpu` says what kind of memory the workers have."""
     folder = storage.local_folder(spec.base.key)
     try:
         shape = ModelShape(folder)
@@ -120,7 +121,7 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         num_validation_tokens=validated.num_tokens,
         max_example_tokens=max(counts.max_tokens, validated.max_tokens),
         total_steps=_total_steps(hyper, counts.num_examples),
-        peak_memory_bytes=estimate.peak_memory(resolved, shape, counts.tokens, counts.trained),
+        peak_memory_bytes=estimate.peak_memory(resolved, shape, counts.tokens, counts.trained, on_gpu=on_gpu),
         checkpoint_bytes=estimate.checkpoint_bytes(resolved, shape),
         artifact_bytes=estimate.artifact_bytes(resolved, shape),
         warnings=warnings,
@@ -149,6 +150,9 @@ def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
     if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
         message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
+    if spec.parallel == "fsdp" and spec.num_workers == 1:
+        message = "One worker has nobody to share the weights with: parallel 'fsdp' needs num_workers of 2 or more."
+        raise PlanError("invalid_value", message, "parallel")
     if spec.early_stopping is not None and not spec.validates():
         message = "early_stopping needs a validation file or a validation_split."
         raise PlanError("invalid_value", message, "early_stopping")

@@ -60,7 +60,8 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     if job.state != JobState.VALIDATING_FILES:
         return  # planned before, or cancelled; a paused job is planned when it is resumed
     try:
-        made = plan(TrainSpec.model_validate(job.spec), bench.storage)
+        on_gpu = bench.settings.train_num_gpus > 0
+        made = plan(TrainSpec.model_validate(job.spec), bench.storage, on_gpu=on_gpu)
     except PlanError as error:
         with _moving(bench.db) as tx:
             fail_job(tx, job, code=error.code, message=error.message, param=error.param)

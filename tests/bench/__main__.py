@@ -9,7 +9,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("story", "training")
+BENCHMARKS = ("story", "training", "plan")
 
 
 def main() -> None:
