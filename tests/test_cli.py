@@ -35,7 +35,7 @@ Tunesmith = Callable[..., Result]
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """base_url and admin key; an orchestrator ticks beside it and its runs are rehearsals."""
     stop = threading.Event()
-    with live_service(tmp_path_factory.mktemp("home")) as (platform, url, secret):
+    with live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret):
         settings, db, storage = platform.settings, platform.db, platform.storage
         launcher = InProcessLauncher(settings, db, storage, Rehearsal(storage), 1)
         runner = InProcessTaskRunner(settings, db, storage)

@@ -26,7 +26,6 @@ DEPTHS = (1, 4)  # layers
 NUM_STEPS = 4  # the first one is slower and does not count
 MAX_TOKENS = 2048  # of a step
 MAX_PARAMETERS = 500_000_000  # of the deeper one
-PATIENCE_S = 40.0  # less than a request waits for a plan, which then comes without a time
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -34,10 +33,13 @@ class ProbeError(Exception):
     """The speed cannot be measured here; the message says why."""
 
 
-def tokens_per_s(spec: TrainSpec, storage: Storage, mean_tokens: float, num_threads: int) -> float:
+def tokens_per_s(
+    spec: TrainSpec, storage: Storage, mean_tokens: float, *, num_threads: int, patience_s: float
+) -> float:
     """Tokens, with or without a loss, that one worker with so many threads (0: torch's own choice) trains per second.
 
-    `spec` is resolved, and `mean_tokens` are those of its examples. ProbeError when it takes too long or fails.
+    `spec` is resolved, and `mean_tokens` are those of its examples. ProbeError when it fails, or takes longer than
+    `patience_s`.
     """
     shape = ModelShape(storage.local_folder(spec.base.key))
     per_layer = shape.num_parameters / shape.num_layers
@@ -52,7 +54,7 @@ def tokens_per_s(spec: TrainSpec, storage: Storage, mean_tokens: float, num_thre
             "folder": folder,
             "num_threads": num_threads,
         }
-        found = _measured(order)
+        found = _measured(order, patience_s)
     few, many = (min(shape.num_layers, depth) for depth in DEPTHS)
     first, last = found["step_s"]
     per_layer_s = max(0.0, last - first) / (many - few) if many > few else 0.0
@@ -87,15 +89,15 @@ def _write_rows(spec: TrainSpec, storage: Storage, path: Path, num_rows: int) ->
     return len(lines)
 
 
-def _measured(order: dict[str, Any]) -> dict[str, Any]:
+def _measured(order: dict[str, Any], patience_s: float) -> dict[str, Any]:
     """Seconds of a step at each depth, and its tokens, from a process of its own."""
     command = [sys.executable, "-m", "training.probe"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(order), capture_output=True, text=True, timeout=PATIENCE_S, check=True
+            command, input=json.dumps(order), capture_output=True, text=True, timeout=patience_s, check=True
         )
     except subprocess.TimeoutExpired:
-        raise ProbeError(f"a try-out did not end within {PATIENCE_S:.0f} seconds") from None
+        raise ProbeError(f"a try-out did not end within {patience_s:.0f} seconds") from None
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         raise ProbeError(f"a try-out failed: {last}") from None

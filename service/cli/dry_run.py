@@ -16,8 +16,6 @@ from rich.table import Table
 from service.cli.client import console, post
 from service.cli.jobs import TrainWishes, upload
 
-PATIENCE_S = 120.0  # the service itself gives up before
-
 
 def show_plan(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes) -> None:
     """Upload, ask for the plan, show it, clean up. A job that cannot work ends the command with its error."""
@@ -27,7 +25,7 @@ def show_plan(client: openai.OpenAI, data: Path, validation: Path | None, wishes
             files.append(upload(client, validation))
         with console.status("Planning …"):
             body = wishes.body(files[0], files[1] if validation is not None else None)
-            plan = post(client.with_options(timeout=PATIENCE_S), "/fine_tuning/jobs/validate", body)
+            plan = post(client, "/fine_tuning/jobs/validate", body)
     finally:
         for file_id in files:
             client.files.delete(file_id)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MIN_STEPS = 5  # of an earlier job, before its speed says something
 NUM_EARLIER_JOBS = 20
+MARGIN_S = 10.0  # of the time that a request waits: a plan without a duration is better than none
 
 Json = dict[str, Any]
 
@@ -39,7 +40,8 @@ def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec)
     except PlanError as error:
         return {"error": {"code": error.code, "message": error.message, "param": error.param}}
     render_s = time.perf_counter() - started
-    rate, basis = _tokens_per_s(settings, db, storage, made)
+    patience_s = max(1.0, settings.validate_timeout_s - MARGIN_S - render_s)
+    rate, basis = _tokens_per_s(settings, db, storage, made, patience_s)
     shape = ModelShape(storage.local_folder(spec.base.key))
     free_bytes = shutil.disk_usage(storage.path(spec.base.key)).free if storage.is_local else None
     num_kept, num_bytes = estimate.num_kept_checkpoints(made), estimate.disk_bytes(made)
@@ -83,7 +85,9 @@ def _gb(num_bytes: int) -> str:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-def _tokens_per_s(settings: Settings, db: Database, storage: Storage, made: Plan) -> tuple[float | None, str]:
+def _tokens_per_s(
+    settings: Settings, db: Database, storage: Storage, made: Plan, patience_s: float
+) -> tuple[float | None, str]:
     """What one worker trains, and how that is known: from an earlier job, or tried out now; None when it is not."""
     from training.probe import ProbeError, tokens_per_s
 
@@ -94,8 +98,9 @@ def _tokens_per_s(settings: Settings, db: Database, storage: Storage, made: Plan
     if settings.train_num_gpus:
         return None, "unknown: no job of this kind has run here yet, and planning takes no GPU to try it"
     num_threads = settings.train_num_threads or max(1, len(os.sched_getaffinity(0)) // made.spec.num_workers)
+    mean_tokens = made.num_tokens / made.num_examples
     try:
-        speed = tokens_per_s(made.spec, storage, made.num_tokens / made.num_examples, num_threads)
+        speed = tokens_per_s(made.spec, storage, mean_tokens, num_threads=num_threads, patience_s=patience_s)
     except ProbeError as error:
         return None, f"unknown: {error}"
     return speed, "some steps over the first layers of the base and the first rows, tried on this machine"

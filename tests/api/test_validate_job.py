@@ -37,7 +37,7 @@ ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "co
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, OpenAI]]:
     """A service with a real tiny base, and an orchestrator that ticks beside it."""
     stop = threading.Event()
-    with live_service(tmp_path_factory.mktemp("home")) as (platform, url, secret):
+    with live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret):
         settings, db, storage = platform.settings, platform.db, platform.storage
         ref = make_base(storage)
         with db.write() as tx:

@@ -126,7 +126,8 @@ class _Bench:
         started = time.process_time()
         planned = plan(spec, self.storage)
         render_s = time.process_time() - started
-        rate = tokens_per_s(planned.spec, self.storage, planned.num_tokens / planned.num_examples, num_threads=1)
+        mean_tokens = planned.num_tokens / planned.num_examples
+        rate = tokens_per_s(planned.spec, self.storage, mean_tokens, num_threads=1, patience_s=600)
         shape = ModelShape(self.storage.local_folder(spec.base.key))
         return planned, estimate.duration_s(planned, shape, rate, render_s)
 

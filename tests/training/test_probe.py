@@ -37,4 +37,4 @@ def test_a_try_out_that_fails_says_why(storage: Storage) -> None:
     spec = make_spec(storage, make_base(storage))
     (storage.local_folder(BASE_KEY) / "tokenizer.json").unlink()
     with pytest.raises(ProbeError, match=r"a try-out failed: .*tokenizer\.json"):
-        tokens_per_s(spec, storage, 20.0, 1)
+        tokens_per_s(spec, storage, 20.0, num_threads=1, patience_s=240)
