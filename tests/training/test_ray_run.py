@@ -89,13 +89,19 @@ def test_two_workers_train_the_same_and_a_killed_owner_takes_its_workers_along(t
     await_free(free)
 
 
-def check_run(folder: Path, num_workers: int) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_that_share_all_weights_train_the_same(tmp_path: Path) -> None:
+    check_run(tmp_path, num_workers=2, lora=False, parallel="fsdp")
+
+
+def check_run(folder: Path, num_workers: int, lora: bool = True, **spread: Any) -> None:
     """A run on the cluster against one in this process."""
     storage = Storage(str(folder / "storage"))
     base = make_base(storage)
     alone, owner = Recorder(), new_owner()
-    run(make_spec(storage, base), storage, "runs/alone", alone, folder / "scratch")
-    ray.get(owner.run.remote(make_spec(storage, base, num_workers=num_workers), storage.url, str(folder / "ray")))
+    run(make_spec(storage, base, lora), storage, "runs/alone", alone, folder / "scratch")
+    spec = make_spec(storage, base, lora, num_workers=num_workers, **spread)
+    ray.get(owner.run.remote(spec, storage.url, str(folder / "ray")))
     items: list[Any] = ray.get(owner.said.remote())
     losses = [item.train_loss for item in items if isinstance(item, StepMetrics)]
     assert losses == pytest.approx([item.train_loss for item in alone.of(StepMetrics)], rel=1e-5)
