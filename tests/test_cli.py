@@ -119,14 +119,17 @@ finally:
 def test_train_with_wait_follows_the_job_to_its_model(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
-    shown = tunesmith("train", str(data), "--base-model", base, "--suffix", "cli", "--rank", "4", "--wait").output
+    shown = tunesmith(
+        "train", str(data), "--base-model", base, "--suffix", "cli", "--rank", "4", "--dora", "--wait"
+    ).output
     assert "12 rows" in shown
     assert "The job has successfully completed" in shown
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.status == "succeeded"
     assert job.fine_tuned_model is not None
     assert f"tunesmith chat {job.fine_tuned_model}" in shown
-    assert (job.model_extra or {})["adapter"]["rank"] == 4
+    adapter = (job.model_extra or {})["adapter"]
+    assert (adapter["rank"], adapter["dora"], adapter["rslora"]) == (4, True, False)
     assert job.fine_tuned_model in tunesmith("models").output  # whole, however narrow the terminal is
     assert f"{job.id}  succeeded  {base}  {job.fine_tuned_model}" in tunesmith("jobs").output
     details = tunesmith("jobs", job.id).output

@@ -38,6 +38,8 @@ class LoraSpec(Contract):
 
     rank: Annotated[int, Field(ge=1, le=512)] | Auto = AUTO
     alpha: PositiveFloat | Auto = AUTO
+    rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023): larger ranks learn as fast
+    dora: bool = False  # a trained length for each row of the sum (Liu et al. 2024), which keeps its direction apart
     dropout: Fraction = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 

@@ -85,6 +85,8 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Absolute.", show_default="auto")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, max=512, help="LoRA rank.", show_default="auto")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale LoRA by the root of its rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="LoRA with a trained length for each row of weights.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job until it is over.")] = False,
     url: Url = DEFAULT_URL,
@@ -94,12 +96,14 @@ def train(
     from service.cli import jobs
     from service.cli.client import connected
 
-    if full and rank is not None:
-        raise typer.BadParameter("--rank belongs to LoRA and cannot go with --full.")
+    chosen = {"rank": rank, "rslora": rslora or None, "dora": dora or None}
+    adapter = {name: value for name, value in chosen.items() if value is not None}
+    if full and adapter:
+        raise typer.BadParameter(f"--{next(iter(adapter))} belongs to LoRA and cannot go with --full.")
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience
+        base_model, suffix, epochs, learning_rate, full, adapter, workers, validation_split, patience
     )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class TrainWishes:
     epochs: int | None = None
     learning_rate: float | None = None
     full: bool = False
-    rank: int | None = None
+    adapter: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     validation_split: float | None = None
     patience: int | None = None
@@ -47,8 +47,8 @@ class TrainWishes:
         }
         if self.full:
             body["adapter"] = {"type": "none"}
-        elif self.rank is not None:
-            body["adapter"] = {"type": "lora", "rank": self.rank}
+        elif self.adapter:
+            body["adapter"] = {"type": "lora", **self.adapter}
         if self.patience is not None:
             body["early_stopping"] = {"patience": self.patience}
         extra = {"suffix": self.suffix, "validation_file": validation_file, "validation_split": self.validation_split}

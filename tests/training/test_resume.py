@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.training.runs import Recorder, make_base, make_dpo_spec, make_spec, write_rows
 from training.loop import run
 from training.progress import CheckpointSaved, EvalMetrics, StepMetrics, Wish
-from training.spec import TrainSpec
+from training.spec import LoraSpec, TrainSpec
 from training.storage import Storage
 
 
@@ -35,8 +35,9 @@ def cut_after(storage: Storage, spec: TrainSpec, run_key: str, step: int) -> Non
         {"lora": True, "dropout": 0.3, "gradient_accumulation_steps": 2},
         {"lora": False, "precision": "bf16", "weight_decay": 0.1, "lr_scheduler": "cosine"},
         {"lora": False},
+        {"adapter": LoraSpec(rank=4, alpha=4.0, rslora=True, dora=True, dropout=0.3), "precision": "bf16"},
     ],
-    ids=["lora-dropout-accumulation", "full-bf16", "full-fp32"],
+    ids=["lora-dropout-accumulation", "full-bf16", "full-fp32", "dora-bf16"],
 )
 def test_ten_steps_are_five_and_five_more(tmp_path: Path, changes: dict[str, Any]) -> None:
     storage = Storage(str(tmp_path / "storage"))
