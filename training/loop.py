@@ -23,7 +23,7 @@ from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
 from training.failure import Failure, check_flag, is_out_of_memory, out_of_memory
-from training.lora import inject
+from training.lora import inject, load_adapter
 from training.methods import dpo, supervised
 from training.methods.interface import Method
 from training.model import load_model, stored_dtype
@@ -43,6 +43,7 @@ from training.progress import (
 )
 from training.reporter import Reporter
 from training.spec import TrainSpec
+from training.start import check_start
 from training.storage import Storage
 from training.validation_curve import ValidationCurve
 
@@ -134,6 +135,7 @@ class _Run:
     def _set_up(self) -> None:
         """Data, model, optimizer."""
         base_folder = self.storage.local_folder(self.spec.base.key)
+        check_start(self.spec, self.storage)
         try:
             train, valid = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
         except ExamplesError as error:  # planning refuses these rows before
@@ -178,9 +180,13 @@ class _Run:
         spec = self.spec
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
-        self.model = load_model(base_folder, full_load, self.workers.device)
+        start_folder = self.storage.local_folder(spec.start.key) if spec.start is not None else None
+        weights_folder = base_folder if spec.adapter is not None or start_folder is None else start_folder
+        self.model = load_model(weights_folder, full_load, self.workers.device)
         if spec.adapter is not None:
             inject(self.model, spec.adapter, spec.seed)
+            if start_folder is not None:
+                load_adapter(self.model, start_folder)
         self.trainer = Trainer(self.model, spec.hyperparameters, NUM_SUMS, dtype if spec.adapter is None else None)
         self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
 

@@ -181,10 +181,16 @@ def save_adapter(model: PreTrainedModel, spec: LoraSpec, base_id: str, folder: P
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Read an adapter's weights into an injected model; ValueError if they do not fit it."""
+    """Read an adapter's weights into an injected model; Failure if they do not fit it."""
     stored, own = load_file(folder / WEIGHTS_FILE), lora_tensors(model)
-    if stored.keys() != own.keys():
-        raise ValueError(f"adapter and model differ in {sorted(stored.keys() ^ own.keys())[:3]}")
+    different = [name for name in sorted(stored.keys() | own.keys()) if _shape(stored, name) != _shape(own, name)]
+    if different:
+        text = f"The adapter to start from does not fit the settings of this one: they differ in {different[:3]}."
+        raise Failure("start_model_mismatch", text, "adapter")
     for name, tensor in own.items():
         tensor.data.copy_(stored[name])

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from training import auto
 from training.examples import ExamplesError, load_examples
+from training.failure import Failure
 from training.model_shape import ModelShape, ShapeError
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
+from training.start import check_start
 from training.storage import Storage
 
 if TYPE_CHECKING:
@@ -73,9 +75,12 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
     """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is."""
     folder = storage.local_folder(spec.base.key)
     try:
+        check_start(spec, storage)
         shape = ModelShape(folder)
         _check_request(spec, shape)
         renderer = Renderer.load(folder)
+    except Failure as error:
+        raise PlanError(error.code, error.message, error.param) from error
     except ShapeError as error:
         raise PlanError("invalid_base_model", f"The base model cannot be used: {error}", "model") from error
     except RenderError as error:

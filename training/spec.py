@@ -33,6 +33,14 @@ class BaseRef(Contract):
     content_hash: str
 
 
+class StartRef(Contract):
+    """An earlier fine-tune of the same base to go on from: an adapter's folder, or with `adapter=None` full weights."""
+
+    model_id: str
+    key: str
+    manifest_hash: str
+
+
 class LoraSpec(Contract):
     """Low-rank adaptation (Hu et al. 2021): W + alpha / rank * B @ A on each target linear layer."""
 
@@ -88,6 +96,7 @@ class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
     base: BaseRef
+    start: StartRef | None = None  # the weights to start from, if not the base's own; an adapter must fit `adapter`
     method: Literal["supervised", "dpo"] = "supervised"
     dpo: DpoSpec | None = None  # given with the method dpo, and only with it
     training_key: str  # storage key of the JSONL training file

@@ -27,7 +27,7 @@ def job_json(job: Job, organization: str) -> Json:
         "created_at": int(job.created_at),
         "finished_at": _seconds(job.finished_at),
         "estimated_finish": _seconds(job.estimated_finish_at),
-        "model": job.base_id,
+        "model": job.parent_model_id or job.base_id,
         "fine_tuned_model": job.fine_tuned_model if succeeded else None,
         "organization_id": organization,
         "status": job.state,

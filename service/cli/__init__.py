@@ -70,7 +70,7 @@ def demo(
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Training file (JSONL).")],
-    base_model: Annotated[str, typer.Option(help="Base to start from; see `tunesmith base list`.")],
+    base_model: Annotated[str, typer.Option(help="Base, or earlier fine-tune, to start from.")],
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's id.")] = None,
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")

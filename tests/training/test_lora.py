@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from training.failure import Failure
 from training.lora import LoraLinear, inject, load_adapter, lora_tensors, save_adapter
 from training.spec import LoraSpec
 
@@ -112,6 +113,16 @@ def test_chosen_targets_survive_export_and_import(tmp_path: Path) -> None:
     load_adapter(other, tmp_path)
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_of_another_shape_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    save_adapter(trained_model("llama"), SPEC, "some-base", tmp_path)
+    for spec in (LoraSpec(rank=8, alpha=16.0), LoraSpec(rank=4, alpha=16.0, dora=True)):
+        other = trained_model("llama", spec)
+        before = {name: tensor.clone() for name, tensor in lora_tensors(other).items()}
+        with pytest.raises(Failure, match="does not fit"):
+            load_adapter(other, tmp_path)
+        assert all(tensor.equal(before[name]) for name, tensor in lora_tensors(other).items())
 
 
 @variants
