@@ -120,9 +120,21 @@ def test_train_with_wait_follows_the_job_to_its_model(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
     shown = tunesmith(
-        "train", str(data), "--base-model", base, "--suffix", "cli", "--rank", "4", "--dora", "--wait"
+        "train",
+        str(data),
+        "--base-model",
+        base,
+        "--suffix",
+        "cli",
+        "--rank",
+        "4",
+        "--dora",
+        "--sample",
+        "Who [are] you?",
+        "--wait",
     ).output
     assert "12 rows" in shown
+    assert "step 4 Who [are] you?\n  Answer 4\n" in shown
     assert "The job has successfully completed" in shown
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.status == "succeeded"

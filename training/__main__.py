@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from training.progress import EvalMetrics, Failed, Message, ProgressItem, StepMetrics, Wish
+from training.progress import EvalMetrics, Failed, Message, ProgressItem, Sample, StepMetrics, Wish
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -56,6 +56,8 @@ def describe(item: ProgressItem) -> str:
         )
     if isinstance(item, EvalMetrics):
         return f"validation after step {item.step}: loss {item.valid_loss:.4f}"
+    if isinstance(item, Sample):
+        return f"sample after step {item.step}: {item.prompt!r} -> {item.text!r}"
     if isinstance(item, Failed):
         return f"failed ({item.code}): {item.message}"
     if isinstance(item, Message):

@@ -17,6 +17,7 @@ from training.failure import Failure
 from training.model_shape import ModelShape, ShapeError
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
+from training.sample_prompts import PromptError, encode_prompts
 from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
 from training.start import check_start
 from training.storage import Storage
@@ -79,6 +80,9 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         shape = ModelShape(folder)
         _check_request(spec, shape)
         renderer = Renderer.load(folder)
+        encode_prompts(spec, storage, renderer, shape.max_context)
+    except PromptError as error:
+        raise PlanError("invalid_value", str(error), "sample_prompts") from error
     except Failure as error:
         raise PlanError(error.code, error.message, error.param) from error
     except ShapeError as error:

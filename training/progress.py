@@ -63,6 +63,15 @@ class EvalMetrics(Item):
     valid_mean_token_accuracy: float
 
 
+class Sample(Item):
+    """What the weights after `step` optimizer steps answer to one of the spec's sample prompts."""
+
+    kind: Literal["sample"] = "sample"
+    step: int
+    prompt: str
+    text: str
+
+
 class CheckpointSaved(Item):
     """A checkpoint is complete in storage (its manifest is there). It can be resumed from and served."""
 
@@ -111,7 +120,15 @@ class Failed(Item):
 
 
 ProgressItem = Annotated[
-    Message | StepMetrics | EvalMetrics | CheckpointSaved | CheckpointDeleted | ArtifactWritten | Stopped | Failed,
+    Message
+    | StepMetrics
+    | EvalMetrics
+    | Sample
+    | CheckpointSaved
+    | CheckpointDeleted
+    | ArtifactWritten
+    | Stopped
+    | Failed,
     Field(discriminator="kind"),
 ]
 

@@ -92,6 +92,9 @@ class DpoSpec(Contract):
     ] = AUTO  # by how much simpo wants the better answer's reward to be larger
 
 
+SamplePrompts = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=2000)], ...], Field(max_length=8)]
+
+
 class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
@@ -110,6 +113,7 @@ class TrainSpec(Contract):
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
+    sample_prompts: SamplePrompts = ()  # answered after each evaluation interval, to be looked at
     early_stopping: EarlyStopping | None = None  # needs a validation file or split
 
     def validates(self) -> bool:

@@ -96,6 +96,7 @@ def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -
         num_workers=body.num_workers,
         eval_interval=body.eval_interval,
         checkpoint_interval=body.checkpoint_interval,
+        sample_prompts=body.sample_prompts,
         early_stopping=EarlyStopping(**body.early_stopping.model_dump()) if body.early_stopping else None,
     )
 

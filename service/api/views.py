@@ -46,6 +46,7 @@ def job_json(job: Job, organization: str) -> Json:
         "num_workers": job.spec["num_workers"],
         "validation_split": job.spec["validation_split"],
         "early_stopping": job.spec.get("early_stopping"),
+        "sample_prompts": job.spec.get("sample_prompts", []),
         "precision": job.spec["precision"],
         "eval_interval": job.spec["eval_interval"],
         "checkpoint_interval": job.spec["checkpoint_interval"],

@@ -81,6 +81,9 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without a lower validation loss.")
     ] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option(help="A prompt to answer at each evaluation; may be repeated.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, max=50, show_default="auto")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Absolute.", show_default="auto")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
@@ -103,7 +106,7 @@ def train(
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, adapter, workers, validation_split, patience
+        base_model, suffix, epochs, learning_rate, full, adapter, workers, validation_split, patience, sample
     )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ class TrainWishes:
     workers: int = 1
     validation_split: float | None = None
     patience: int | None = None
+    sample_prompts: list[str] | None = None
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
@@ -51,7 +53,12 @@ class TrainWishes:
             body["adapter"] = {"type": "lora", **self.adapter}
         if self.patience is not None:
             body["early_stopping"] = {"patience": self.patience}
-        extra = {"suffix": self.suffix, "validation_file": validation_file, "validation_split": self.validation_split}
+        extra = {
+            "suffix": self.suffix,
+            "validation_file": validation_file,
+            "validation_split": self.validation_split,
+            "sample_prompts": self.sample_prompts,
+        }
         return body | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -107,6 +114,9 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
                     bar.update(
                         task, description="training", completed=data["step"], total=data["total_steps"], loss=loss
                     )
+                elif "prompt" in data:
+                    bar.console.print(f"step {data['step']} [dim]{escape(data['prompt'])}[/]", soft_wrap=True)
+                    bar.console.print(escape(textwrap.indent(data["text"], "  ")), soft_wrap=True)
                 elif event["type"] == "message":
                     bar.console.print(escape(event["message"]), soft_wrap=True)
             job = client.fine_tuning.jobs.retrieve(job_id)

@@ -30,6 +30,7 @@ from training.progress import (
     Failed,
     Message,
     ProgressItem,
+    Sample,
     StepMetrics,
     Stopped,
     Wish,
@@ -181,6 +182,8 @@ class RunRecorder:
             match item:
                 case Message():
                     events.add(tx, job, item.text, level=item.level, dedup_key=dedup_key, at=item.at)
+                case Sample():
+                    _add_sample(tx, job, item, dedup_key)
                 case StepMetrics():
                     self._add_step(tx, job, run, item, dedup_key)
                 case EvalMetrics():
@@ -251,6 +254,14 @@ class RunRecorder:
         )
         add_model(tx, job, model_id, item.key, manifest, checkpoint=True)
         events.add(tx, job, f"Checkpoint created at step {item.step}", dedup_key=dedup_key, at=item.at)
+
+
+def _add_sample(tx: Session, job: Job, item: Sample, dedup_key: str) -> None:
+    """PostgreSQL stores no NUL, and an untrained model may well say one."""
+    text = item.text.replace("\0", "\ufffd")
+    shown = f"Sample at step {item.step}: {item.prompt} → {text}"
+    data = {"step": item.step, "prompt": item.prompt, "text": text}
+    events.add(tx, job, shown, data=data, dedup_key=dedup_key, at=item.at)
 
 
 def _drop_checkpoints(tx: Session, job: Job, key: str) -> None:

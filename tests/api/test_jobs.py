@@ -68,8 +68,10 @@ def test_given_settings_are_echoed_and_become_the_spec(
             "num_workers": 2,
             "precision": "fp32",
             "priority": 3,
+            "sample_prompts": ["Who are you?"],
         },
     )
+    assert extra(job, "sample_prompts") == ["Who are you?"]
     assert (job.seed, job.metadata, job.validation_file) == (7, {"team": "a"}, held_out)
     assert job.hyperparameters.n_epochs == 2  # that of `method` is the effective one
     variant = {"rslora": True, "dora": True, "dropout": 0.0, "targets": ["q_proj"]}
