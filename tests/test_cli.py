@@ -161,6 +161,19 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
 
 
+def test_train_learns_from_preferences(tunesmith: Tunesmith, client: OpenAI, base: str, tmp_path: Path) -> None:
+    sides = {name: [{"role": "assistant", "content": name}] for name in ("preferred_output", "non_preferred_output")}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((json.dumps({"input": {"messages": ROW["messages"][:1]}, **sides}) + "\n") * 12)
+    options = ("--method", "dpo", "--beta", "0.3", "--loss-type", "ipo")
+    tunesmith("train", str(pairs), "--base-model", base, *options)
+    method = client.fine_tuning.jobs.list(limit=1).data[0].to_dict()["method"]
+    assert method["type"] == "dpo"  # type: ignore[index]
+    assert {"beta": 0.3, "loss_type": "ipo"}.items() <= method["dpo"]["hyperparameters"].items()  # type: ignore[index]
+    shown = tunesmith("train", str(pairs), "--base-model", base, "--beta", "0.3", expect=2).output
+    assert "--method dpo" in shown
+
+
 def test_train_validates_on_a_share_of_the_rows_and_stops_early(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:

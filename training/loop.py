@@ -50,7 +50,8 @@ from training.validation_curve import ValidationCurve
 
 METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo}
 WISHES = list(Wish)
-# What every step sums over the workers beside the gradients. Loss and correct are divided by the method's count.
+# What every step sums over the workers beside the gradients; behind it come the method's own numbers. Loss, correct and
+# those are divided by the method's count.
 LOSS, CORRECT, COUNT, TOKENS, OUT_OF_MEMORY, WISH = range(6)
 NUM_SUMS = 6
 
@@ -191,7 +192,8 @@ class _Run:
             inject(self.model, spec.adapter, spec.seed)
             if start_folder is not None:
                 load_adapter(self.model, start_folder)
-        self.trainer = Trainer(self.model, spec.hyperparameters, NUM_SUMS, dtype if spec.adapter is None else None)
+        num_sums = NUM_SUMS + len(self.method.MEANS)
+        self.trainer = Trainer(self.model, spec.hyperparameters, num_sums, dtype if spec.adapter is None else None)
         self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
 
     def _train_step(self) -> Wish:
@@ -208,6 +210,8 @@ class _Run:
                 sums[CORRECT] += found.num_correct
                 sums[COUNT] += found.num_counted
                 sums[TOKENS] += len(batch.targets)
+                if found.others is not None:
+                    sums[NUM_SUMS:] += found.others
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -240,6 +244,7 @@ class _Run:
             grad_norm=norm,
             num_trained_tokens=round(num_tokens),
             tokens_per_s=num_tokens / (time.perf_counter() - started),
+            means={name: x / count for name, x in zip(self.method.MEANS, totals[NUM_SUMS:], strict=True)},
         )
 
     def _check_finite(self, loss: float, norm: float, rate: float) -> None:
@@ -273,11 +278,17 @@ class _Run:
         """Validate, when there is something to validate on."""
         if not self.valid_set:
             return
-        result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size)
+        result = evaluate(
+            self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, self.method.MEANS
+        )
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(
-            EvalMetrics, step=self.step, valid_loss=result.loss, valid_mean_token_accuracy=result.accuracy
+            EvalMetrics,
+            step=self.step,
+            valid_loss=result.loss,
+            valid_mean_token_accuracy=result.accuracy,
+            means=result.means,
         )
         if (warning := self.curve.warning(self.step)) is not None:
             self.reporter.say(Message, level="warn", text=warning)

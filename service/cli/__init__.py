@@ -7,7 +7,7 @@ nor Ray, which would make `--help` slow: each command imports what it needs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -81,6 +81,11 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without a lower validation loss.")
     ] = None,
+    method: Annotated[Literal["supervised", "dpo"], typer.Option(help="What the rows teach.")] = "supervised",
+    beta: Annotated[float | None, typer.Option(help="How far dpo may lead away.", show_default="auto")] = None,
+    loss_type: Annotated[
+        Literal["sigmoid", "ipo", "simpo", "orpo"] | None, typer.Option(help="Loss of dpo.", show_default="sigmoid")
+    ] = None,
     sample: Annotated[
         list[str] | None, typer.Option(help="A prompt to answer at each evaluation; may be repeated.")
     ] = None,
@@ -103,10 +108,13 @@ def train(
     adapter = {name: value for name, value in chosen.items() if value is not None}
     if full and adapter:
         raise typer.BadParameter(f"--{next(iter(adapter))} belongs to LoRA and cannot go with --full.")
+    if method != "dpo" and (beta is not None or loss_type is not None):
+        raise typer.BadParameter("--beta and --loss-type need --method dpo.")
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
+    hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "beta": beta, "loss_type": loss_type}
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, adapter, workers, validation_split, patience, sample
+        base_model, method, hyperparameters, suffix, full, adapter, workers, validation_split, patience, sample
     )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))

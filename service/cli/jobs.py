@@ -27,9 +27,9 @@ class TrainWishes:
     """The options of `tunesmith train`; None leaves a value to the service."""
 
     base_model: str
+    method: str
+    hyperparameters: dict[str, Any]
     suffix: str | None = None
-    epochs: int | None = None
-    learning_rate: float | None = None
     full: bool = False
     adapter: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
@@ -39,12 +39,11 @@ class TrainWishes:
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
-        chosen = {"n_epochs": self.epochs, "learning_rate": self.learning_rate}
-        hyperparameters = {name: value for name, value in chosen.items() if value is not None}
+        hyperparameters = {name: value for name, value in self.hyperparameters.items() if value is not None}
         body: dict[str, Any] = {
             "model": self.base_model,
             "training_file": training_file,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "method": {"type": self.method, self.method: {"hyperparameters": hyperparameters}},
             "num_workers": self.workers,
         }
         if self.full:

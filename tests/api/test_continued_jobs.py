@@ -142,10 +142,20 @@ def test_the_first_loss_is_the_last_one_of_the_parent(
 def test_the_reference_of_dpo_is_the_model_that_it_starts_from(
     client: OpenAI, files: dict[str, str], parent: FineTuningJob
 ) -> None:
-    child = train(client, model_of(parent), files["pairs"], method="dpo", hyper={"beta": 0.5})
+    child = train(
+        client, model_of(parent), files["pairs"], method="dpo", hyper={"beta": 0.5}, validation_file=files["pairs"]
+    )
     losses = curve(client, child, "train_loss")
     assert losses[0] == pytest.approx(LN_2, abs=1e-5)
     assert losses[-1] < losses[0]
+    header, *rows = client.files.content(child.result_files[0]).text.splitlines()
+    assert header.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,")
+    columns = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+    assert float(columns[0]["train_reward_chosen"]) == pytest.approx(0, abs=1e-5)
+    assert float(columns[-1]["valid_reward_margin"]) > 0
+    assert float(columns[-1]["valid_reward_margin"]) == curve(client, child, "valid_reward_margin")[-1]
+    (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(child.id).data
+    assert not [name for name in checkpoint.metrics.to_dict() if "reward" in name], "there OpenAI's fields stand alone"
 
 
 def test_a_checkpoint_and_an_alias_are_starts_too(client: OpenAI, files: dict[str, str], parent: FineTuningJob) -> None:

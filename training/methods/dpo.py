@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from training.parallel import Workers
     from training.spec import DpoSpec, TrainSpec
 
+MEANS: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin")
 _SURE = -1e-6  # log-probability per token above which the odds of an answer are not told apart in fp32
 
 
@@ -79,7 +80,8 @@ def loss_sums(spec: TrainSpec, model: PreTrainedModel, batch: MicroBatch) -> Los
             scores = scores - _reference(model, batch)
     better, worse = scores.view(-1, 2).unbind(dim=1)
     loss = _LOSSES[settings.loss_type](settings, better, worse).sum()
-    return LossSums(loss, (better > worse).sum(), len(better))
+    rewards = _beta(settings) * torch.stack([better, worse, better - worse]).detach().sum(dim=1)
+    return LossSums(loss, (better > worse).sum(), len(better), rewards)
 
 
 def _settings(spec: TrainSpec) -> DpoSpec:
