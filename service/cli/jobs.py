@@ -129,6 +129,8 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
         return 0
     reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
     errors.print(f"The job is {job.status}{reason}", soft_wrap=True)
+    for request in _suggestions(job):
+        errors.print(f"POST /v1/fine_tuning/jobs {escape(request)}", soft_wrap=True)
     return 1
 
 
@@ -174,6 +176,14 @@ def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
     yield "trained tokens", job.trained_tokens or "–"
     if job.error and job.error.message:
         yield "error", job.error.message
+    for request in _suggestions(job):
+        yield "suggestion", request
+
+
+def _suggestions(job: FineTuningJob) -> list[str]:
+    """The corrected request, as JSON, if the service has one."""
+    extra = (job.error.model_extra if job.error else None) or {}
+    return [json.dumps(extra["suggested_request"])] if extra.get("suggested_request") else []
 
 
 def steer(client: openai.OpenAI, job_id: str, verb: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,56 +11,23 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from service.jobs.launchers import InProcessLauncher, LoopFit
 from service.jobs.states import JobState
-from service.jobs.task_runners import InProcessTaskRunner
 from service.platform import Platform
 from service.store import jobs, models
 from service.store.instance import DEFAULT_PROJECT
-from tests.api.live import live_service, sync_client
-from tests.jobs.world import PATIENCE_S, make_orchestrator
-from tests.training.runs import BASE_KEY, make_base, write_preferences, write_rows
+from tests.api.live import TRAINABLE as BASE
+from tests.api.live import training_service, wait_for
+from tests.training.runs import write_preferences, write_rows
 from training.storage import Storage
 
-BASE = "tiny"
 LN_2 = 0.693147
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, OpenAI]]:
     """A service with a real engine, an orchestrator that ticks, runs that really train, and a tiny base."""
-    home, stop = tmp_path_factory.mktemp("home"), threading.Event()
-    with live_service(home, engine="native") as (platform, url, secret):
-        settings, db, storage = platform.settings, platform.db, platform.storage
-        launcher = InProcessLauncher(settings, db, storage, LoopFit(storage, home / "scratch"), 1)
-        runner = InProcessTaskRunner(settings, db, storage)
-        orchestrator = make_orchestrator(settings, db, launcher, runner)
-
-        def tick() -> None:
-            while not stop.wait(0.02):
-                orchestrator.tick()
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        source = Storage(str(home / "source"))
-        make_base(source)
-        with sync_client(url, secret) as client:
-            client.post("/bases", body={"id": BASE, "source": source.path(BASE_KEY)}, cast_to=dict[str, Any])
-            wait_for(lambda: client.get(f"/bases/{BASE}", cast_to=dict[str, Any])["status"] == "ready")
-            yield platform, client
-        stop.set()
-        thread.join(PATIENCE_S)
-        launcher.join(PATIENCE_S)
-        runner.join(PATIENCE_S)
-
-
-def wait_for(is_so: Any) -> None:
-    pause = threading.Event()
-    for _ in range(int(PATIENCE_S * 20)):
-        if is_so():
-            return
-        pause.wait(0.05)
-    raise AssertionError("it did not happen")
+    with training_service(tmp_path_factory.mktemp("home")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
