@@ -43,7 +43,9 @@ def evaluate(
             for start in range(0, len(mine), micro_batch_size):
                 batch = collate(examples[list(mine[start : start + micro_batch_size])]).to(workers.device)
                 found = loss_sums(model, batch)
-                sums[:3] += torch.stack([found.loss, found.num_correct, torch.tensor(found.num_counted)]).to(sums)
+                sums[0] += found.loss
+                sums[1] += found.num_correct
+                sums[2] += found.num_counted
                 if means:
                     assert found.others is not None
                     sums[4:] += found.others
