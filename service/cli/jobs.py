@@ -149,7 +149,7 @@ def follow(client: openai.OpenAI, job_id: str) -> Iterator[dict[str, Any]]:
 
 def show_all(client: openai.OpenAI) -> None:
     """The newest jobs."""
-    shown = table("id", "status", "started from", "model", "made")
+    shown = table("id", "status", "start", "model", "made")
     for job in client.fine_tuning.jobs.list(limit=20).data:
         shown.add_row(job.id, job.status, escape(job.model), escape(job.fine_tuned_model or "–"), when(job.created_at))
     show(shown, "No jobs yet: `tunesmith train data.jsonl --base-model NAME` makes one.")
@@ -168,7 +168,7 @@ def show_one(client: openai.OpenAI, job_id: str) -> int:
 def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
     yield "id", job.id
     yield "status", job.status
-    yield "started from", job.model
+    yield "start", job.model
     yield "model", job.fine_tuned_model or "–"
     if job.hyperparameters is not None:
         yield "epochs", job.hyperparameters.n_epochs
