@@ -119,14 +119,29 @@ finally:
 def test_train_with_wait_follows_the_job_to_its_model(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
-    shown = tunesmith("train", str(data), "--base-model", base, "--suffix", "cli", "--rank", "4", "--wait").output
+    shown = tunesmith(
+        "train",
+        str(data),
+        "--base-model",
+        base,
+        "--suffix",
+        "cli",
+        "--rank",
+        "4",
+        "--dora",
+        "--sample",
+        "Who [are] you?",
+        "--wait",
+    ).output
     assert "12 rows" in shown
+    assert "step 4 Who [are] you?\n  Answer 4\n" in shown
     assert "The job has successfully completed" in shown
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.status == "succeeded"
     assert job.fine_tuned_model is not None
     assert f"tunesmith chat {job.fine_tuned_model}" in shown
-    assert (job.model_extra or {})["adapter"]["rank"] == 4
+    adapter = (job.model_extra or {})["adapter"]
+    assert (adapter["rank"], adapter["dora"], adapter["rslora"]) == (4, True, False)
     assert job.fine_tuned_model in tunesmith("models").output  # whole, however narrow the terminal is
     assert f"{job.id}  succeeded  {base}  {job.fine_tuned_model}" in tunesmith("jobs").output
     details = tunesmith("jobs", job.id).output
@@ -144,6 +159,19 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     extra = job.model_extra or {}
     assert extra["adapter"] == {"type": "none"}
     assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
+
+
+def test_train_learns_from_preferences(tunesmith: Tunesmith, client: OpenAI, base: str, tmp_path: Path) -> None:
+    sides = {name: [{"role": "assistant", "content": name}] for name in ("preferred_output", "non_preferred_output")}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((json.dumps({"input": {"messages": ROW["messages"][:1]}, **sides}) + "\n") * 12)
+    options = ("--method", "dpo", "--beta", "0.3", "--loss-type", "ipo")
+    tunesmith("train", str(pairs), "--base-model", base, *options)
+    method = client.fine_tuning.jobs.list(limit=1).data[0].to_dict()["method"]
+    assert method["type"] == "dpo"  # type: ignore[index]
+    assert {"beta": 0.3, "loss_type": "ipo"}.items() <= method["dpo"]["hyperparameters"].items()  # type: ignore[index]
+    shown = tunesmith("train", str(pairs), "--base-model", base, "--beta", "0.3", expect=2).output
+    assert "--method dpo" in shown
 
 
 def test_train_validates_on_a_share_of_the_rows_and_stops_early(

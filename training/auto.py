@@ -65,9 +65,10 @@ def lora_rank(hidden_size: int) -> int:
     return min(16, hidden_size)
 
 
-def lora_alpha() -> float:
-    """32, whatever the rank: with it the best learning rate does not depend on the rank ("LoRA Without Regret")."""
-    return 32.0
+def lora_alpha(*, rslora: bool) -> float:
+    """32, whatever the rank: with it the best learning rate does not depend on the rank ("LoRA Without Regret").
+    With rsLoRA 8, which at rank 16 scales alike, so that the same learning rate fits."""
+    return 8.0 if rslora else 32.0
 
 
 def precision(num_parameters: int) -> Literal["fp32", "bf16"]:

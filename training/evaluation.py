@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +22,20 @@ class Evaluation:
 
     loss: float
     accuracy: float
+    means: dict[str, float] = field(default_factory=dict)  # what the method reports beside them
 
 
 def evaluate(
-    model: PreTrainedModel, loss_sums: LossSumsOf, examples: Examples, workers: Workers, micro_batch_size: int
+    model: PreTrainedModel,
+    loss_sums: LossSumsOf,
+    examples: Examples,
+    workers: Workers,
+    micro_batch_size: int,
+    means: tuple[str, ...] = (),
 ) -> Evaluation:
-    """Validate without touching gradients or random state; every worker gets the same result."""
-    sums = torch.zeros(4, device=workers.device)  # loss, correct, count, workers out of memory
+    """Validate without touching gradients or random state; every worker gets the same result. `means` are the names of
+    the method's own numbers, if they are wanted."""
+    sums = torch.zeros(4 + len(means), device=workers.device)  # loss, correct, count, workers out of memory, means
     mine = range(workers.rank, len(examples), workers.size)
     model.eval()
     try:
@@ -36,9 +43,12 @@ def evaluate(
             for start in range(0, len(mine), micro_batch_size):
                 batch = collate(examples[list(mine[start : start + micro_batch_size])]).to(workers.device)
                 found = loss_sums(model, batch)
-                sums += torch.stack(
-                    [found.loss, found.num_correct, torch.tensor(found.num_counted), torch.tensor(0)]
-                ).to(sums)
+                sums[0] += found.loss
+                sums[1] += found.num_correct
+                sums[2] += found.num_counted
+                if means:
+                    assert found.others is not None
+                    sums[4:] += found.others
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -46,6 +56,9 @@ def evaluate(
     finally:
         model.train()
     workers.sum_(sums)
-    loss_sum, correct_sum, count, out_of_memory = sums.tolist()
+    loss_sum, correct_sum, count, out_of_memory, *others = sums.tolist()
     check_flag(out_of_memory)
-    return Evaluation(loss_sum / max(count, 1), correct_sum / max(count, 1))
+    count = max(count, 1)
+    return Evaluation(
+        loss_sum / count, correct_sum / count, {name: x / count for name, x in zip(means, others, strict=True)}
+    )

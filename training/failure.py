@@ -21,6 +21,18 @@ def out_of_memory() -> Failure:
     )
 
 
+def not_finite(step: int, loss: float, norm: float, rate: float, kept: int | None) -> Failure:
+    """The failure of a run whose next step would damage the weights; `kept` is its last checkpoint's step."""
+    return Failure(
+        "loss_not_finite",
+        f"Training stopped at step {step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}. "
+        "The step was not applied"
+        + (f", and the checkpoint of step {kept} is kept. " if kept is not None else ". ")
+        + "Use a lower learning_rate or a longer warm-up, and check the training file for unusual rows.",
+        "hyperparameters.learning_rate",
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short. On a CPU torch raises a plain RuntimeError for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from training import auto
 from training.examples import ExamplesError, load_examples
+from training.failure import Failure
 from training.model_shape import ModelShape, ShapeError
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
+from training.sample_prompts import PromptError, encode_prompts
 from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
+from training.start import check_start
 from training.storage import Storage
 
 if TYPE_CHECKING:
@@ -73,9 +76,15 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
     """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is."""
     folder = storage.local_folder(spec.base.key)
     try:
+        check_start(spec, storage)
         shape = ModelShape(folder)
         _check_request(spec, shape)
         renderer = Renderer.load(folder)
+        encode_prompts(spec, storage, renderer, shape.max_context)
+    except PromptError as error:
+        raise PlanError("invalid_value", str(error), "sample_prompts") from error
+    except Failure as error:
+        raise PlanError(error.code, error.message, error.param) from error
     except ShapeError as error:
         raise PlanError("invalid_base_model", f"The base model cannot be used: {error}", "model") from error
     except RenderError as error:
@@ -113,7 +122,8 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
     Weights: the base in the run's precision (LoRA), or fp32 masters and, in bf16, their bf16 copies (full). Each
     trained number costs 4 bytes of gradient and 8 of Adam's moments, and 4 more as DDP's bucket with several workers.
     Activations: 34 values per token, layer and unit of width, without the attention matrix (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models"); logits: three times vocabulary per token in fp32.
+    "Reducing Activation Recomputation in Large Transformer Models"), and with DoRA each adapted layer's output once
+    more; logits: three times vocabulary per token in fp32.
     A micro-batch is taken at its longest: examples per micro-batch times the longest example.
     """
     hyper = spec.hyperparameters
@@ -122,13 +132,16 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
     width = 4 if spec.precision == "fp32" else 2
     if spec.adapter is None:
         num_trained, weights = shape.num_parameters, shape.num_parameters * (4 if width == 4 else 6)
+        num_outputs = 0
     else:
         assert spec.adapter.rank != AUTO
-        num_trained = spec.adapter.rank * sum(sum(dims) for dims in shape.adapted(spec.adapter.targets).values())
+        adapted = shape.adapted(spec.adapter.targets).values()
+        num_outputs = sum(max(dims) for dims in adapted) if spec.adapter.dora else 0
+        num_trained = spec.adapter.rank * sum(sum(dims) for dims in adapted) + num_outputs
         weights = shape.num_parameters * width + num_trained * 4
     per_worker = ceil(hyper.batch_size / spec.num_workers)
     tokens = ceil(per_worker / hyper.gradient_accumulation_steps) * max_example_tokens
-    activations = tokens * shape.num_layers * shape.hidden_size * 34 * width // 2
+    activations = tokens * (shape.num_layers * shape.hidden_size * 34 * width // 2 + num_outputs * width)
     logits = tokens * shape.vocab_size * 4 * 3
     return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
 
@@ -284,7 +297,8 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     total = _total_steps(hyper, counts.num_examples)
     adapter = spec.adapter
     if adapter is not None:
-        rank, alpha = _or(adapter.rank, auto.lora_rank(shape.hidden_size)), _or(adapter.alpha, auto.lora_alpha())
+        rank = _or(adapter.rank, auto.lora_rank(shape.hidden_size))
+        alpha = _or(adapter.alpha, auto.lora_alpha(rslora=adapter.rslora))
         adapter = adapter.model_copy(update={"rank": rank, "alpha": alpha})
     dpo = spec.dpo
     if dpo is not None:

@@ -52,6 +52,9 @@ class StepMetrics(Item):
     grad_norm: float
     num_trained_tokens: int  # tokens with a loss in this step, over all workers
     tokens_per_s: float
+    means: dict[str, float] = Field(
+        default_factory=dict
+    )  # what the method reports beside them, see its MEANS: rewards (dpo)
 
 
 class EvalMetrics(Item):
@@ -61,6 +64,16 @@ class EvalMetrics(Item):
     step: int
     valid_loss: float
     valid_mean_token_accuracy: float
+    means: dict[str, float] = Field(default_factory=dict)  # as in StepMetrics
+
+
+class Sample(Item):
+    """What the weights after `step` optimizer steps answer to one of the spec's sample prompts."""
+
+    kind: Literal["sample"] = "sample"
+    step: int
+    prompt: str
+    text: str
 
 
 class CheckpointSaved(Item):
@@ -111,7 +124,15 @@ class Failed(Item):
 
 
 ProgressItem = Annotated[
-    Message | StepMetrics | EvalMetrics | CheckpointSaved | CheckpointDeleted | ArtifactWritten | Stopped | Failed,
+    Message
+    | StepMetrics
+    | EvalMetrics
+    | Sample
+    | CheckpointSaved
+    | CheckpointDeleted
+    | ArtifactWritten
+    | Stopped
+    | Failed,
     Field(discriminator="kind"),
 ]
 

@@ -33,11 +33,21 @@ class BaseRef(Contract):
     content_hash: str
 
 
+class StartRef(Contract):
+    """An earlier fine-tune of the same base to go on from: an adapter's folder, or with `adapter=None` full weights."""
+
+    model_id: str
+    key: str
+    manifest_hash: str
+
+
 class LoraSpec(Contract):
     """Low-rank adaptation (Hu et al. 2021): W + alpha / rank * B @ A on each target linear layer."""
 
     rank: Annotated[int, Field(ge=1, le=512)] | Auto = AUTO
     alpha: PositiveFloat | Auto = AUTO
+    rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023): larger ranks learn as fast
+    dora: bool = False  # a trained length for each row of the sum (Liu et al. 2024), which keeps its direction apart
     dropout: Fraction = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
@@ -82,10 +92,14 @@ class DpoSpec(Contract):
     ] = AUTO  # by how much simpo wants the better answer's reward to be larger
 
 
+SamplePrompts = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=2000)], ...], Field(max_length=8)]
+
+
 class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
     base: BaseRef
+    start: StartRef | None = None  # the weights to start from, if not the base's own; an adapter must fit `adapter`
     method: Literal["supervised", "dpo"] = "supervised"
     dpo: DpoSpec | None = None  # given with the method dpo, and only with it
     training_key: str  # storage key of the JSONL training file
@@ -99,6 +113,7 @@ class TrainSpec(Contract):
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
+    sample_prompts: SamplePrompts = ()  # answered after each evaluation interval, to be looked at
     early_stopping: EarlyStopping | None = None  # needs a validation file or split
 
     def validates(self) -> bool:

@@ -10,13 +10,14 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.api.schemas import CreateJob
+from service.api.start_model import find_start
 from service.auth import Caller
 from service.errors import InvalidRequest, NotFound
 from service.platform import Platform
-from service.store import bases, events, files, jobs, keys
+from service.store import events, files, jobs, keys
 from service.store.tables import File, Job
 from training.artifact import canonical_json
-from training.spec import AUTO, BaseRef, EarlyStopping, Hyperparameters, TrainSpec
+from training.spec import AUTO, EarlyStopping, Hyperparameters, TrainSpec
 
 MADE_BY_RETRY = "_made_by_retry"  # mark in a job's stored request; no field of a body can have this name
 MAX_SHOWN_FAULTS = 3
@@ -49,6 +50,7 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
         method=spec.method,
         priority=body.priority,
         base_id=spec.base.id,
+        parent_model_id=spec.start.model_id if spec.start else None,
         training_file_id=body.training_file,
         validation_file_id=body.validation_file,
         suffix=body.suffix,
@@ -74,25 +76,27 @@ def _first_of_retries(tx: Session, request_hash: str, window_s: float, attempt: 
 def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> TrainSpec:
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
-    base = _base_of(tx, platform, who, body.model)
+    start = find_start(tx, platform, who, body)
     training = _usable_file(tx, who, body.training_file, "training_file")
     validation = None
     if body.validation_file is not None:
         validation = _usable_file(tx, who, body.validation_file, "validation_file")
     return TrainSpec(
-        base=base,
+        base=start.base,
+        start=start.model,
         method=body.method_type,
         dpo=body.dpo_settings(),
         training_key=training.storage_key,
         validation_key=validation.storage_key if validation else None,
         validation_split=body.validation_split,
-        adapter=body.adapter.to_spec(),
+        adapter=start.adapter,
         hyperparameters=chosen,
         precision=body.precision,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         num_workers=body.num_workers,
         eval_interval=body.eval_interval,
         checkpoint_interval=body.checkpoint_interval,
+        sample_prompts=body.sample_prompts,
         early_stopping=EarlyStopping(**body.early_stopping.model_dump()) if body.early_stopping else None,
     )
 
@@ -117,19 +121,6 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         raise InvalidRequest(
             f"Invalid value for 'num_workers': this service allows at most {max_workers}.", param="num_workers"
         )
-
-
-def _base_of(tx: Session, platform: Platform, who: Caller, name: str) -> BaseRef:
-    target = platform.catalog.resolve(tx, who.project_id, name)
-    if target.kind != "base":
-        raise InvalidRequest(
-            f"Invalid value for 'model': '{name}' is a fine-tuned model; start from its base '{target.base_id}'.",
-            param="model",
-        )
-    base = bases.get(tx, target.base_id)
-    assert base.storage_key is not None
-    assert base.content_hash is not None
-    return BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash)
 
 
 def _usable_file(tx: Session, who: Caller, file_id: str, param: str) -> File:

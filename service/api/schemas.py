@@ -179,6 +179,9 @@ class CreateJob(Wire):
     early_stopping: WireEarlyStopping | None = None
     precision: Literal["fp32", "bf16"] | Auto = AUTO
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    sample_prompts: Annotated[
+        tuple[Annotated[Text, Field(min_length=1, max_length=2000)], ...], Field(strict=False, max_length=8)
+    ] = ()
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
 

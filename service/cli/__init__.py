@@ -7,7 +7,7 @@ nor Ray, which would make `--help` slow: each command imports what it needs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,7 +70,7 @@ def demo(
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Training file (JSONL).")],
-    base_model: Annotated[str, typer.Option(help="Base to start from; see `tunesmith base list`.")],
+    base_model: Annotated[str, typer.Option(help="Base, or earlier fine-tune, to start from.")],
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's id.")] = None,
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")
@@ -81,10 +81,20 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without a lower validation loss.")
     ] = None,
+    method: Annotated[Literal["supervised", "dpo"], typer.Option(help="What the rows teach.")] = "supervised",
+    beta: Annotated[float | None, typer.Option(help="How far dpo may lead away.", show_default="auto")] = None,
+    loss_type: Annotated[
+        Literal["sigmoid", "ipo", "simpo", "orpo"] | None, typer.Option(help="Loss of dpo.", show_default="sigmoid")
+    ] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option(help="A prompt to answer at each evaluation; may be repeated.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, max=50, show_default="auto")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Absolute.", show_default="auto")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, max=512, help="LoRA rank.", show_default="auto")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale LoRA by the root of its rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="LoRA with a trained length for each row of weights.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job until it is over.")] = False,
     url: Url = DEFAULT_URL,
@@ -94,12 +104,17 @@ def train(
     from service.cli import jobs
     from service.cli.client import connected
 
-    if full and rank is not None:
-        raise typer.BadParameter("--rank belongs to LoRA and cannot go with --full.")
+    chosen = {"rank": rank, "rslora": rslora or None, "dora": dora or None}
+    adapter = {name: value for name, value in chosen.items() if value is not None}
+    if full and adapter:
+        raise typer.BadParameter(f"--{next(iter(adapter))} belongs to LoRA and cannot go with --full.")
+    if method != "dpo" and (beta is not None or loss_type is not None):
+        raise typer.BadParameter("--beta and --loss-type need --method dpo.")
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
+    hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "beta": beta, "loss_type": loss_type}
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience
+        base_model, method, hyperparameters, suffix, full, adapter, workers, validation_split, patience, sample
     )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))

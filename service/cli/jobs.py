@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +27,37 @@ class TrainWishes:
     """The options of `tunesmith train`; None leaves a value to the service."""
 
     base_model: str
+    method: str
+    hyperparameters: dict[str, Any]
     suffix: str | None = None
-    epochs: int | None = None
-    learning_rate: float | None = None
     full: bool = False
-    rank: int | None = None
+    adapter: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     validation_split: float | None = None
     patience: int | None = None
+    sample_prompts: list[str] | None = None
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
-        chosen = {"n_epochs": self.epochs, "learning_rate": self.learning_rate}
-        hyperparameters = {name: value for name, value in chosen.items() if value is not None}
+        hyperparameters = {name: value for name, value in self.hyperparameters.items() if value is not None}
         body: dict[str, Any] = {
             "model": self.base_model,
             "training_file": training_file,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "method": {"type": self.method, self.method: {"hyperparameters": hyperparameters}},
             "num_workers": self.workers,
         }
         if self.full:
             body["adapter"] = {"type": "none"}
-        elif self.rank is not None:
-            body["adapter"] = {"type": "lora", "rank": self.rank}
+        elif self.adapter:
+            body["adapter"] = {"type": "lora", **self.adapter}
         if self.patience is not None:
             body["early_stopping"] = {"patience": self.patience}
-        extra = {"suffix": self.suffix, "validation_file": validation_file, "validation_split": self.validation_split}
+        extra = {
+            "suffix": self.suffix,
+            "validation_file": validation_file,
+            "validation_split": self.validation_split,
+            "sample_prompts": self.sample_prompts,
+        }
         return body | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -107,6 +113,9 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
                     bar.update(
                         task, description="training", completed=data["step"], total=data["total_steps"], loss=loss
                     )
+                elif "prompt" in data:
+                    bar.console.print(f"step {data['step']} [dim]{escape(data['prompt'])}[/]", soft_wrap=True)
+                    bar.console.print(escape(textwrap.indent(data["text"], "  ")), soft_wrap=True)
                 elif event["type"] == "message":
                     bar.console.print(escape(event["message"]), soft_wrap=True)
             job = client.fine_tuning.jobs.retrieve(job_id)
@@ -120,6 +129,8 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
         return 0
     reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
     errors.print(f"The job is {job.status}{reason}", soft_wrap=True)
+    for request in _suggestions(job):
+        errors.print(f"POST /v1/fine_tuning/jobs {escape(request)}", soft_wrap=True)
     return 1
 
 
@@ -138,7 +149,7 @@ def follow(client: openai.OpenAI, job_id: str) -> Iterator[dict[str, Any]]:
 
 def show_all(client: openai.OpenAI) -> None:
     """The newest jobs."""
-    shown = table("id", "status", "base", "model", "made")
+    shown = table("id", "status", "start", "model", "made")
     for job in client.fine_tuning.jobs.list(limit=20).data:
         shown.add_row(job.id, job.status, escape(job.model), escape(job.fine_tuned_model or "–"), when(job.created_at))
     show(shown, "No jobs yet: `tunesmith train data.jsonl --base-model NAME` makes one.")
@@ -157,7 +168,7 @@ def show_one(client: openai.OpenAI, job_id: str) -> int:
 def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
     yield "id", job.id
     yield "status", job.status
-    yield "base", job.model
+    yield "start", job.model
     yield "model", job.fine_tuned_model or "–"
     if job.hyperparameters is not None:
         yield "epochs", job.hyperparameters.n_epochs
@@ -165,6 +176,14 @@ def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
     yield "trained tokens", job.trained_tokens or "–"
     if job.error and job.error.message:
         yield "error", job.error.message
+    for request in _suggestions(job):
+        yield "suggestion", request
+
+
+def _suggestions(job: FineTuningJob) -> list[str]:
+    """The corrected request, as JSON, if the service has one."""
+    extra = (job.error.model_extra if job.error else None) or {}
+    return [json.dumps(extra["suggested_request"])] if extra.get("suggested_request") else []
 
 
 def steer(client: openai.OpenAI, job_id: str, verb: str) -> None:

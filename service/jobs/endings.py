@@ -5,12 +5,16 @@ All functions belong in the caller's write transaction, after it proved by an ep
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy.orm import Session
 
+from service.jobs.correction import for_less_memory
 from service.jobs.states import Desired, JobState
 from service.store import checkpoints, events, jobs, runs
 from service.store.tables import Job, Run
 
+OUT_OF_MEMORY = "out_of_memory"  # the code of training's failure
 LIVE = {JobState.RUNNING, JobState.PAUSING}
 
 
@@ -68,7 +72,11 @@ def lost(tx: Session, run: Run, *, reason: str, max_attempts: int) -> bool:
 
 def fail_job(tx: Session, job: Job, *, code: str, message: str, param: str | None = None) -> Job:
     """End a job as failed, with or without a run; StateConflict if it is no longer in the state of `job`."""
-    error = {"code": code, "message": message, "param": param}
+    error: dict[str, Any] = {"code": code, "message": message, "param": param}
+    correction = for_less_memory(job) if code == OUT_OF_MEMORY else None
+    if correction is not None:
+        message += f" The job's own request with {correction.change} is in error.suggested_request, ready to be posted."
+        error |= {"message": message, "suggested_request": correction.request}
     expect = {JobState(job.state)}
     job = jobs.move(tx, job.id, JobState.FAILED, expect=expect, error=error, estimated_finish_at=None)
     events.add(tx, job, message, level="error")

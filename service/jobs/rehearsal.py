@@ -10,7 +10,16 @@ from collections.abc import Callable
 
 from service.jobs.recorder import RunRecorder
 from training.artifact import Fingerprint, Manifest, canonical_json, commit, hash_files, read_manifest
-from training.progress import ArtifactWritten, CheckpointSaved, EvalMetrics, ProgressItem, StepMetrics, Stopped, Wish
+from training.progress import (
+    ArtifactWritten,
+    CheckpointSaved,
+    EvalMetrics,
+    ProgressItem,
+    Sample,
+    StepMetrics,
+    Stopped,
+    Wish,
+)
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -44,7 +53,7 @@ class _Rehearsed:
     def go(self, num_steps: int, interval: int, at_step: Callable[[int], None]) -> None:
         for step in range(self.last_step() + 1, num_steps + 1):
             at_step(step)
-            wish = self.say(self.step_metrics(step, num_steps), self.eval_metrics(step))
+            wish = self.say(self.step_metrics(step, num_steps), self.eval_metrics(step), *self.samples(step))
             if wish is Wish.CANCEL:
                 self.say(Stopped(**self.stamp(), wish=wish, step=step))
                 return
@@ -87,6 +96,10 @@ class _Rehearsed:
     def eval_metrics(self, step: int) -> EvalMetrics:
         accuracy = 1 - 1 / (step + 1)
         return EvalMetrics(**self.stamp(), step=step, valid_loss=2 * loss(step), valid_mean_token_accuracy=accuracy)
+
+    def samples(self, step: int) -> list[Sample]:
+        prompts = self.spec.sample_prompts
+        return [Sample(**self.stamp(), step=step, prompt=prompt, text=f"Answer {step}") for prompt in prompts]
 
     def checkpoint(self, step: int) -> CheckpointSaved:
         key = f"{self.run_key}/checkpoints/step-{step:06d}"

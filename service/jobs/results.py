@@ -50,7 +50,8 @@ def add_row(tx: Session, job: Job, result: ResultFile) -> File:
 
 
 def as_csv(tx: Session, job_id: str) -> str:
-    """One line per step; validation columns are empty at steps without an evaluation."""
+    """One line per step; validation columns are empty at steps without an evaluation. What a method reports beside
+    OpenAI's columns (the rewards of dpo) stands behind them."""
     lines: dict[int, dict[str, object]] = {}
     for row in metrics.merged(tx, job_id):
         line = lines.setdefault(row.step, {"step": row.step})
@@ -58,8 +59,10 @@ def as_csv(tx: Session, job_id: str) -> str:
             line |= {"train_loss": row.data["train_loss"], "train_accuracy": row.data["train_mean_token_accuracy"]}
         else:
             line |= {name: row.data[name] for name in ("valid_loss", "valid_mean_token_accuracy")}
+        line |= row.data.get("means", {})
+    others = sorted({name for line in lines.values() for name in line} - set(COLUMNS))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [*COLUMNS, *others], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines[step] for step in sorted(lines))
     return text.getvalue()

@@ -161,7 +161,7 @@ class Job(Owned, Base):
     spec: Mapped[dict[str, Any]]  # TrainSpec; resolved once planned
     plan: Mapped[dict[str, Any] | None]  # training.plan's numbers, once planned
     user_metadata: Mapped[dict[str, Any] | None]
-    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}, and {suggested_request} if there is one
     result_file_ids: Mapped[list[Any]]
     fine_tuned_model: Mapped[str | None] = mapped_column(String(256))
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)

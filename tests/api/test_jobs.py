@@ -64,15 +64,18 @@ def test_given_settings_are_echoed_and_become_the_spec(
         hyperparameters={"n_epochs": 9},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
         extra_body={
-            "adapter": {"rank": 4, "targets": ["q_proj"]},
+            "adapter": {"rank": 4, "targets": ["q_proj"], "rslora": True, "dora": True},
             "num_workers": 2,
             "precision": "fp32",
             "priority": 3,
+            "sample_prompts": ["Who are you?"],
         },
     )
+    assert extra(job, "sample_prompts") == ["Who are you?"]
     assert (job.seed, job.metadata, job.validation_file) == (7, {"team": "a"}, held_out)
     assert job.hyperparameters.n_epochs == 2  # that of `method` is the effective one
-    assert extra(job, "adapter") == {"type": "lora", "rank": 4, "alpha": "auto", "dropout": 0.0, "targets": ["q_proj"]}
+    variant = {"rslora": True, "dora": True, "dropout": 0.0, "targets": ["q_proj"]}
+    assert extra(job, "adapter") == {"type": "lora", "rank": 4, "alpha": "auto", **variant}
     with platform.db.read() as tx:
         row = jobs.by_id(tx, job.id)
     assert (row.priority, row.spec["num_workers"], row.spec["precision"], row.spec["seed"]) == (3, 2, "fp32", 7)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
 from training.artifact import read_manifest
-from training.spec import EarlyStopping, TrainSpec
+from training.spec import EarlyStopping, LoraSpec, StartRef, TrainSpec
 from training.storage import Storage
 
 pytestmark = pytest.mark.torchrun
@@ -41,8 +41,8 @@ def train(storage: Storage, spec: TrainSpec, run: str) -> list[dict[str, Any]]:
     before = len(progress.read_text().splitlines()) if progress.exists() else 0
     subprocess.run(command(storage, spec, run), cwd=ROOT, check=True, capture_output=True, timeout=240)
     items = [json.loads(line) for line in progress.read_text().splitlines()[before:]]
-    drop = ("seq", "at", "tokens_per_s")
-    return [{k: v for k, v in item.items() if k not in drop} for item in items if item["kind"] in ("step", "eval")]
+    numbers = [{**item, **item["means"]} for item in items if item["kind"] in ("step", "eval")]
+    return [{k: v for k, v in item.items() if k not in ("seq", "at", "tokens_per_s", "means")} for item in numbers]
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -68,14 +68,24 @@ def test_several_workers_resume_to_the_bit_and_agree_with_one(storage: Storage, 
     assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
 
 
-def test_two_workers_share_pairs_and_the_reference_of_full_weights(storage: Storage) -> None:
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "dora-from-an-earlier-one"])
+def test_two_workers_share_pairs_the_reference_of_the_start_and_wait_for_samples(storage: Storage, lora: bool) -> None:
     base = make_base(storage)
-    fields = {"lora": False, "n_epochs": 2, "batch_size": 5, "validation_key": "files/pairs", "learning_rate": 1e-3}
+    fields: dict[str, Any] = {"lora": lora, "n_epochs": 2, "batch_size": 5, "learning_rate": 1e-3}
+    fields |= {"validation_key": "files/pairs", "eval_interval": 2, "sample_prompts": ("hi",)}
+    if lora:
+        fields["adapter"] = LoraSpec(rank=4, alpha=8.0, dora=True)
+        before = make_spec(storage, base, adapter=fields["adapter"])
+        train(storage, before, "runs/before")
+        manifest = read_manifest(storage, "runs/before/artifact")
+        assert manifest is not None
+        fields["start"] = StartRef(model_id="before", key="runs/before/artifact", manifest_hash=manifest.hash())
     alone = train(storage, make_dpo_spec(storage, base, **fields), "runs/alone")
     shared = train(storage, make_dpo_spec(storage, base, num_workers=2, **fields), "runs/two")
     for ours, theirs in zip(shared, alone, strict=True):
         assert ours.pop("kind") == theirs.pop("kind")
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert b'"kind":"sample"' in storage.read_bytes("runs/two/progress.jsonl")
 
 
 def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:

@@ -1,4 +1,4 @@
-"""What a method is: a module with these two functions. Examples come to all of them from `training.examples`."""
+"""What a method is: a module with what `Method` lists. Examples come to all of them from `training.examples`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class LossSums(NamedTuple):
     loss: torch.Tensor  # to differentiate
     num_correct: torch.Tensor  # right ones among what is counted
     num_counted: int  # trained tokens, or pairs of answers
+    others: torch.Tensor | None = None  # [len(MEANS)], in their order
 
 
 LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
@@ -28,6 +29,8 @@ LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
 
 class Method(Protocol):
     """A module of this package."""
+
+    MEANS: tuple[str, ...]  # what it reports beside loss and accuracy, each a mean over what is counted
 
     def prepare(
         self, spec: TrainSpec, model: PreTrainedModel, examples: Examples, workers: Workers, micro_batch_size: int
