@@ -118,6 +118,11 @@ class Renderer:
         encoding = self.tokenizer.encode(text, add_special_tokens=True)
         return encoding.ids[: len(encoding.ids) - _num_appended(encoding)]
 
+    def encode_whole(self, text: str) -> list[int]:
+        """Ids of a text that nothing is to follow, with all the tokenizer's special tokens ([CLS] and [SEP], with
+        some): what transformers' `AutoTokenizer` gives. It is what a classifier reads."""
+        return self.tokenizer.encode(text, add_special_tokens=True).ids
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     def encode_example(self, record: Sequence) -> Example:

@@ -80,13 +80,12 @@ class EncoderEngine:
         self._work = asyncio.create_task(self._run(runner))
 
     def _load(self) -> EncoderRunner:
-        import torch
-
+        """Imports torch here, so that importing this module costs nothing."""
         from service.engine.native.encoder_runner import EncoderRunner
 
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
-        return EncoderRunner(self._folder, task=self._task, dtype=self._dtype, adapter=self._adapter)
+        return EncoderRunner(
+            self._folder, task=self._task, adapter=self._adapter, dtype=self._dtype, num_threads=self._num_threads
+        )
 
     async def encode(self, sequences: Sequence[tuple[int, ...]]) -> np.ndarray:
         """float32 [sequences, labels or width]: log-probabilities of the labels, or embeddings.
@@ -179,7 +178,8 @@ def next_batch(waiting: list[Waiting], max_tokens: int) -> list[Waiting]:
     """The oldest and those nearest to it in length, as many as fit `max_tokens` with padding; at least the oldest."""
     if not waiting:
         return []
-    oldest, longest, batch = len(waiting[0].token_ids), 0, []
+    oldest, longest = len(waiting[0].token_ids), 0
+    batch: list[Waiting] = []
     for item in sorted(waiting, key=lambda item: abs(len(item.token_ids) - oldest)):
         longest = max(longest, len(item.token_ids))
         if batch and longest * (len(batch) + 1) > max_tokens:

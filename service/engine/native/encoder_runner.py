@@ -40,11 +40,14 @@ class EncoderRunner:
         folder: Path,
         *,
         task: Literal["classify", "embed"],
-        dtype: Literal["auto", "fp32", "bf16"] = "auto",
         adapter: Path | None = None,
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
+        num_threads: int | None = None,
     ) -> None:
         """`adapter` is a LoRA folder of the PEFT layout for the weights in `folder`; AdapterMismatch if it does not
         fit. What the model says of itself (labels, temperature, pooling) is read from the fine-tune, not its base."""
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         transformers_logging.disable_progress_bar()
         own = adapter or folder
         config = AutoConfig.from_pretrained(own if (own / "config.json").is_file() else folder, local_files_only=True)
@@ -64,7 +67,7 @@ class EncoderRunner:
         nn.Module.to(model, self.device)
         self._model = model.eval()
         self._pad_id = int(config.pad_token_id or 0)
-        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self.vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.labels = _labels(config) if task == "classify" else ()
         self._temperature = _temperature(own)
         self._pooling = read_pooling(own) if task == "embed" else Pooling()
@@ -84,7 +87,7 @@ class EncoderRunner:
             found = logits.log_softmax(dim=-1)
         else:
             found = pool(self._model(**inputs).last_hidden_state.float(), mask, self._pooling)
-        return cast(np.ndarray, found.cpu().numpy())
+        return found.cpu().numpy()
 
     def _logits(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         """Of a causal model's label head (`score`) on each sequence's last token, which transformers would look for by
