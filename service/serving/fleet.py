@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 FULL_IDLE_S = 600.0  # a full model's last replica goes after so long without a request
 CHECKPOINT_IDLE_S = 60.0
+CLASSIFY = "classify"
 MAX_STREAM_S = 3600.0  # a deleted app's replicas finish their streams; none is cut before this
 CHECK_INTERVAL_S = 5.0  # without a change of the catalog, Serve is compared with what is wanted this often
 REDEPLOY_AFTER_S = 30.0  # an app that failed to deploy is tried again no sooner
@@ -50,10 +51,12 @@ class App:
 def wanted(tx: Session, settings: Settings, instance_id: str) -> list[App]:
     """The apps that the registry asks for."""
     ready = bases.all_ready(tx)
-    apps = [_base_app(settings, instance_id, base_deployable(base)) for base in ready]
+    # Encoders and classifiers write no text: the engines of these apps cannot host them.
+    apps = [_base_app(settings, instance_id, base_deployable(base)) for base in ready if base.capabilities]
     hashes = {base.id: base.content_hash for base in ready}
     for model in models.all_live(tx):
-        if model.kind == "full" and hashes.get(model.base_id) == model.base_content_hash:
+        writes = model.kind == "full" and CLASSIFY not in model.capabilities
+        if writes and hashes.get(model.base_id) == model.base_content_hash:
             apps.append(_full_app(settings, instance_id, full_deployable(model), model.is_checkpoint))
     return apps
 
