@@ -35,16 +35,19 @@ def packed_attention(
     example_lengths: tuple[int, ...] = (),
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example of one packed row; tensors are [1, heads, tokens, head_dim]."""
+    """Attention within each example of one packed row, causal unless the module says that it is not; tensors are
+    [1, heads, tokens, head_dim]."""
     assert query.shape[0] == 1 and query.shape[2] == sum(example_lengths), "a packed row needs its examples' lengths"
+    causal = getattr(module, "is_causal", True)
     runs = [(length, len(list(same))) for length, same in groupby(example_lengths)]
     sizes = [length * count for length, count in runs]
     outputs = []
     for (length, count), *parts in zip(runs, *(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)  # [count, heads, length, dim]
         band = _band(length, sliding_window, query.device)
+        is_causal = causal and band is None
         out = scaled_dot_product_attention(
-            q, k, v, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, band, dropout, is_causal=is_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [tokens, heads, dim]
     return torch.cat(outputs).unsqueeze(0), None

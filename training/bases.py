@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from training.artifact import FileEntry, Fingerprint, Manifest, canonical_json, commit, read_manifest
-from training.model_shape import INDEX, SINGLE, ModelShape, ShapeError, read_json
+from training.model_shape import ENCODERS, INDEX, SINGLE, ModelShape, ShapeError, read_json
 from training.render import TOKENIZER_FILES, Renderer, RenderError
 from training.spec import Contract
 from training.storage import Storage
@@ -37,7 +37,7 @@ class ImportedBase(Contract):
     content_hash: str
     manifest_hash: str
     fingerprint: Fingerprint
-    capabilities: tuple[str, ...]  # "completions", and "chat" if it has a chat template
+    capabilities: tuple[str, ...]  # of a language model "completions", and "chat" if it has a chat template
     architecture: str
     num_parameters: int
     max_context: int  # tokens
@@ -73,11 +73,18 @@ def import_base(storage: Storage, *, id: str, source: str, revision: str | None,
             content_hash=content_hash,
             manifest_hash=manifest.hash(),
             fingerprint=manifest.fingerprint,
-            capabilities=("completions", "chat") if renderer.has_chat_template else ("completions",),
+            capabilities=_capabilities(shape, renderer),
             architecture=shape.architecture,
             num_parameters=shape.num_parameters,
             max_context=shape.max_context,
         )
+
+
+def _capabilities(shape: ModelShape, renderer: Renderer) -> tuple[str, ...]:
+    """What the base can do as it is; an encoder has to be fine-tuned first."""
+    if not shape.is_causal:
+        return ()
+    return ("completions", "chat") if renderer.has_chat_template else ("completions",)
 
 
 def hash_content(entries: dict[str, FileEntry]) -> str:
@@ -174,7 +181,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _checked(folder: Path) -> tuple[ModelShape, Renderer]:
-    """Read configuration, weight headers and tokenizer; BaseError if they do not make a causal language model."""
+    """Read configuration, weight headers and tokenizer; BaseError if no method can start from what they make."""
     try:
         shape = ModelShape(folder)
         for name in ("config.json", "tokenizer_config.json"):
@@ -182,9 +189,12 @@ def _checked(folder: Path) -> tuple[ModelShape, Renderer]:
                 raise BaseError(f"{name} has auto_map: the base needs code of its own, which is never run")
         if "quantization_config" in shape.config:
             raise BaseError("the weights are quantised; import the base in float32, float16 or bfloat16")
-        if not shape.architecture.endswith("ForCausalLM"):
-            named = shape.architecture or "no architecture"
-            raise BaseError(f"config.json names {named}; only causal language models (…ForCausalLM) can be bases")
+        if not shape.methods():
+            named = f"{shape.architecture or 'no architecture'} of the type {shape.model_type or 'unknown'}"
+            raise BaseError(
+                f"config.json names {named}; bases can be causal language models (…ForCausalLM), and encoders "
+                f"(…Model, …ForMaskedLM or …ForPreTraining) of the types {', '.join(sorted(ENCODERS))}"
+            )
         if shape.num_parameters == 0:
             raise BaseError("the safetensors files hold no weights")
         _ = shape.hidden_size, shape.num_layers, shape.max_context  # present, or ShapeError

@@ -19,14 +19,14 @@ import torch
 from training.artifact import read_manifest
 from training.batches import Batches, Examples
 from training.checkpoints import Checkpoints, TrainerState
+from training.classification_metrics import summary
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
 from training.failure import Failure, check_flag, is_out_of_memory, out_of_memory
-from training.lora import inject
-from training.methods import dpo, supervised
+from training.methods import classification, dpo, supervised
 from training.methods.interface import Method
-from training.model import load_model, stored_dtype
+from training.model import build_model, stored_dtype
 from training.optim import Trainer, learning_rate
 from training.parallel import Workers
 from training.progress import (
@@ -46,7 +46,7 @@ from training.spec import TrainSpec
 from training.storage import Storage
 from training.validation_curve import ValidationCurve
 
-METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo}
+METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo, "classification": classification}
 WISHES = list(Wish)
 # What every step sums over the workers beside the gradients. Loss and correct are divided by the method's count.
 LOSS, CORRECT, COUNT, TOKENS, OUT_OF_MEMORY, WISH = range(6)
@@ -178,9 +178,7 @@ class _Run:
         spec = self.spec
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
-        self.model = load_model(base_folder, full_load, self.workers.device)
-        if spec.adapter is not None:
-            inject(self.model, spec.adapter, spec.seed)
+        self.model = build_model(spec, base_folder, full_load, self.workers.device)
         self.trainer = Trainer(self.model, spec.hyperparameters, NUM_SUMS, dtype if spec.adapter is None else None)
         self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
 
@@ -257,7 +255,8 @@ class _Run:
         is_due = self.step == self.batches.total_steps or self.step % cast(int, self.spec.eval_interval) == 0
         if not self.valid_set or not is_due:
             return
-        result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size)
+        labels = self.spec.labels()
+        result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, labels)
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(
@@ -282,7 +281,8 @@ class _Run:
             valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
             curve=self.curve,
         )
-        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir)
+        report = evaluation.report if evaluation else None
+        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir, report)
         self._say_checkpoint(state, manifest_hash)
         for step in self.checkpoints.prune():
             self.reporter.say(CheckpointDeleted, step=step, key=self.checkpoints.key(step))
@@ -304,6 +304,8 @@ class _Run:
         for text in self.curve.endings(self.step, self.batches.total_steps, self.spec.early_stopping):
             self.reporter.say(Message, text=text)
         step = self.step if self.curve.best_step is None else self.curve.best_step
+        if (found := self.checkpoints.report(step)) is not None:
+            self.reporter.say(Message, text=summary(found))
         return self._finish(self.checkpoints.promote(step, self.artifact_key, self.step), step)
 
     def _finish(self, manifest_hash: str, step: int) -> Outcome:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from training import auto
 from training.examples import ExamplesError, load_examples
+from training.labels import count_labels, problem_of, warnings_of, with_counts
 from training.model_shape import ModelShape, ShapeError
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
@@ -74,6 +75,7 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
     folder = storage.local_folder(spec.base.key)
     try:
         shape = ModelShape(folder)
+        _check_method(spec, shape)
         _check_request(spec, shape)
         renderer = Renderer.load(folder)
     except ShapeError as error:
@@ -81,13 +83,18 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
     except RenderError as error:
         raise PlanError("invalid_base_model", f"The base's tokenizer cannot be used: {error}", "model") from error
     _check_has_template(spec, storage, renderer)
+    spec = _with_labels(spec, storage)
     with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
         train, validation = _load(spec, storage, Path(scratch))
         num_valid = 0 if validation is None else len(validation)
         _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
         counts = _count(train)
         longest = max(counts.max_tokens, _count(validation).max_tokens if validation is not None else 0)
-        warnings = _warnings_on_tokens(train, renderer, spec, storage)
+        if spec.classification is None:
+            warnings = _warnings_on_tokens(train, renderer, spec, storage)
+        else:
+            spec = with_counts(spec, train["label"])
+            warnings = warnings_of(spec)
     resolved = _resolve(spec, shape, counts)
     _check_batches(resolved)
     hyper = resolved.hyperparameters
@@ -127,9 +134,10 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
         num_trained = spec.adapter.rank * sum(sum(dims) for dims in shape.adapted(spec.adapter.targets).values())
         weights = shape.num_parameters * width + num_trained * 4
     per_worker = ceil(hyper.batch_size / spec.num_workers)
-    tokens = ceil(per_worker / hyper.gradient_accumulation_steps) * max_example_tokens
+    sequences = ceil(per_worker / hyper.gradient_accumulation_steps)
+    tokens = sequences * max_example_tokens
     activations = tokens * shape.num_layers * shape.hidden_size * 34 * width // 2
-    logits = tokens * shape.vocab_size * 4 * 3
+    logits = (tokens * shape.vocab_size if spec.classification is None else sequences * len(spec.labels())) * 4 * 3
     return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
 
 
@@ -138,6 +146,14 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
 
 def _hyper(spec: TrainSpec) -> str:
     return f"method.{spec.method}.hyperparameters"
+
+
+def _check_method(spec: TrainSpec, shape: ModelShape) -> None:
+    able = shape.methods()
+    if spec.method not in able:
+        can = f"it can be fine-tuned by {' or '.join(able)}" if able else "no method can start from it"
+        message = f"The base {spec.base.id}, a {shape.architecture}, cannot learn by the method {spec.method}; {can}."
+        raise PlanError("invalid_base_model", message, "model")
 
 
 def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
@@ -223,6 +239,17 @@ def _check_num_examples(num_given: int, num_validation: int, spec: TrainSpec) ->
         raise PlanError("invalid_validation_file", "The validation file holds no examples.", "validation_file")
 
 
+def _with_labels(spec: TrainSpec, storage: Storage) -> TrainSpec:
+    """The spec of a classification with the labels of its training file."""
+    if spec.classification is None or spec.classification.labels != AUTO:
+        return spec
+    counts = count_labels(storage, spec.training_key)
+    if (problem := problem_of(counts)) is not None:
+        raise PlanError("invalid_training_file", f"The training file cannot be used: {problem}.", "training_file")
+    found = spec.classification.model_copy(update={"labels": tuple(counts)})
+    return spec.model_copy(update={"classification": found})
+
+
 def _count(examples: Dataset) -> _Counts:
     import pyarrow.compute as pc
 
@@ -266,8 +293,8 @@ def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:
 def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     """The spec with numbers in place of every auto."""
     hyper, lora = spec.hyperparameters, spec.adapter is not None
-    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples))
-    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers))
+    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples, spec.method))
+    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers, spec.method))
     multiplier = _or(hyper.learning_rate_multiplier, 1.0)
     rate = auto.learning_rate(shape.hidden_size, lora=lora, method=spec.method)
     mean_tokens = counts.num_tokens / counts.num_examples
@@ -290,11 +317,16 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     if dpo is not None:
         beta, gamma = _or(dpo.beta, auto.beta(dpo.loss_type)), _or(dpo.gamma, auto.gamma(dpo.loss_type))
         dpo = dpo.model_copy(update={"beta": beta, "gamma": gamma})
+    labelled = spec.classification
+    if labelled is not None:
+        smoothing = _or(labelled.label_smoothing, auto.label_smoothing())
+        labelled = labelled.model_copy(update={"label_smoothing": smoothing})
     changes = {
         "hyperparameters": hyper,
         "dpo": dpo,
+        "classification": labelled,
         "adapter": adapter,
-        "precision": _or(spec.precision, auto.precision(shape.num_parameters)),
+        "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
         "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
         "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
     }

@@ -1,9 +1,10 @@
 """Records: what one line of a training file may hold, and how a bad line is explained to its author.
 
-Four kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`), text (`text`) and
-preference (`input`, `preferred_output` and `non_preferred_output`). A chat record ends with an assistant message and
-trains on at least one. The legacy `functions` / `function_call` form is read as tools. Whether a model's chat template
-can render a record is `training.render`'s question; messages are read in `training.messages`.
+Five kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`), text (`text`),
+classification (`text` and `label`) and preference (`input`, `preferred_output` and `non_preferred_output`). A chat
+record ends with an assistant message and trains on at least one. The legacy `functions` / `function_call` form is read
+as tools. Whether a model's chat template can render a record is `training.render`'s question; messages are read in
+`training.messages`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from training.strict_json import (
 __all__ = [
     "ChatMessage",
     "ChatRecord",
+    "ClassificationRecord",
     "CompletionRecord",
     "FunctionCall",
     "PreferenceRecord",
@@ -43,7 +45,8 @@ __all__ = [
     "sequences_of",
 ]
 
-RecordKind = Literal["chat", "completion", "text", "preference"]
+RecordKind = Literal["chat", "completion", "text", "preference", "classification"]
+MAX_LABEL_CHARS = 256
 
 
 class ChatRecord(Contract):
@@ -67,6 +70,13 @@ class TextRecord(Contract):
     text: str
 
 
+class ClassificationRecord(Contract):
+    """A text and the name of the class that it belongs to."""
+
+    text: str
+    label: str
+
+
 class PreferenceRecord(Contract):
     """A conversation and two answers to it, the better one and the worse one; only the answers are learned from."""
 
@@ -86,11 +96,11 @@ class PreferenceRecord(Contract):
         return better, worse
 
 
-Sequence = ChatRecord | CompletionRecord | TextRecord
+Sequence = ChatRecord | CompletionRecord | TextRecord | ClassificationRecord
 Record = Sequence | PreferenceRecord
 SHAPES = (
-    '"messages" (chat), "prompt" and "completion", "text", or "input", "preferred_output" and "non_preferred_output" '
-    "(preference)"
+    '"messages" (chat), "prompt" and "completion", "text", "text" and "label" (classification), or "input", '
+    '"preferred_output" and "non_preferred_output" (preference)'
 )
 
 
@@ -116,6 +126,7 @@ _KINDS: dict[type[Record], RecordKind] = {
     CompletionRecord: "completion",
     TextRecord: "text",
     PreferenceRecord: "preference",
+    ClassificationRecord: "classification",
 }
 
 
@@ -173,8 +184,10 @@ def _record(value: Any) -> Record:
         prompt, completion = (text_field(value, "", key) for key in ("prompt", "completion"))
         require(completion, "completion: empty, nothing to train on")
         return CompletionRecord(prompt=prompt, completion=completion)
+    if "label" in value:
+        return _classification(value)
     if "text" in value:
-        check_keys(value, "", ("text",))
+        check_keys(value, "", ("text", "label"))
         text = text_field(value, "", "text")
         require(text, "text: empty, nothing to train on")
         return TextRecord(text=text)
@@ -209,6 +222,21 @@ def _chat(value: dict[str, Any]) -> ChatRecord:
     require(trained, "messages: every assistant message has weight 0, nothing to train on")
     tools, parallel = read_tools(value, "")
     return ChatRecord(messages=messages, tools=tools, parallel_tool_calls=parallel)
+
+
+def _classification(value: dict[str, Any]) -> ClassificationRecord:
+    check_keys(value, "", ("text", "label"))
+    text = text_field(value, "", "text")
+    require(text.strip(), "text: empty, nothing to classify")
+    label = value["label"]
+    if not isinstance(label, str):
+        as_text = f"; write {show(str(label))}" if isinstance(label, int) and not isinstance(label, bool) else ""
+        raise Fault(f"label: {show(label)} is not text; a label must be a string{as_text}")
+    require(label, "label: must not be empty")
+    require(label == label.strip(), f"label: {show(label)} begins or ends with a blank; two labels must not look alike")
+    require(label.isprintable(), f"label: {show(label)} holds a line break or another character that cannot be shown")
+    require(len(label) <= MAX_LABEL_CHARS, f"label: longer than {MAX_LABEL_CHARS} characters")
+    return ClassificationRecord(text=text, label=label)
 
 
 def _preference(value: dict[str, Any]) -> PreferenceRecord:

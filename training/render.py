@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from training.artifact import Fingerprint, canonical_json
-from training.records import ChatRecord, CompletionRecord, Sequence
+from training.records import ChatRecord, ClassificationRecord, CompletionRecord, Sequence
 from training.template import TOKEN_END, TOKEN_START, ChatTemplate, RenderError, Span
 
 __all__ = ["TOKENIZER_FILES", "Example", "RenderError", "Renderer"]
@@ -148,6 +148,8 @@ class Renderer:
                 return self._render_chat(record)
             if isinstance(record, CompletionRecord):
                 return self._completion(record)
+            if isinstance(record, ClassificationRecord):
+                return self._to_classify(record)
             ids = self.encode_text(record.text)
             num_front = len(ids) - len(self._plain.encode(record.text, add_special_tokens=False).ids)
             return self._with_eos(ids, max(num_front, 0))
@@ -189,6 +191,13 @@ class Renderer:
         if whole[: len(prompt)] != prompt:
             whole = prompt + self._encode_piece(record.completion)[0]
         return self._with_eos(whole, len(prompt))
+
+    def _to_classify(self, record: ClassificationRecord) -> Example:
+        """The whole text is learned from; as everywhere, its first token does not count."""
+        ids = self.encode_whole(record.text)
+        if not ids:
+            raise RenderError("the base's tokenizer makes no token of the text")
+        return Example(tuple(ids), tuple(position > 0 for position in range(len(ids))))
 
     def _with_eos(self, ids: list[int], num_untrained: int) -> Example:
         trained = [position >= max(num_untrained, 1) for position in range(len(ids))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
@@ -14,12 +14,13 @@ from service.auth import Caller
 from service.errors import InvalidRequest, NotFound
 from service.platform import Platform
 from service.store import bases, events, files, jobs, keys
-from service.store.tables import File, Job
+from service.store.tables import BaseModel, File, Job
 from training.artifact import canonical_json
-from training.spec import AUTO, BaseRef, EarlyStopping, Hyperparameters, TrainSpec
+from training.spec import AUTO, BaseRef, EarlyStopping, Hyperparameters, LoraSpec, TrainSpec
 
 MADE_BY_RETRY = "_made_by_retry"  # mark in a job's stored request; no field of a body can have this name
 MAX_SHOWN_FAULTS = 3
+MAX_PARAMETERS_OF_SMALL = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,20 @@ def _first_of_retries(tx: Session, request_hash: str, window_s: float, attempt: 
 def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> TrainSpec:
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
-    base = _base_of(tx, platform, who, body.model)
+    base = _base_of(tx, platform, who, body)
     training = _usable_file(tx, who, body.training_file, "training_file")
     validation = None
     if body.validation_file is not None:
         validation = _usable_file(tx, who, body.validation_file, "validation_file")
     return TrainSpec(
-        base=base,
+        base=BaseRef(id=base.id, key=cast(str, base.storage_key), content_hash=cast(str, base.content_hash)),
         method=body.method_type,
         dpo=body.dpo_settings(),
+        classification=body.classification_settings(),
         training_key=training.storage_key,
         validation_key=validation.storage_key if validation else None,
         validation_split=body.validation_split,
-        adapter=body.adapter.to_spec(),
+        adapter=_adapter(body, base),
         hyperparameters=chosen,
         precision=body.precision,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
@@ -119,7 +121,17 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         )
 
 
-def _base_of(tx: Session, platform: Platform, who: Caller, name: str) -> BaseRef:
+def _adapter(body: CreateJob, base: BaseModel) -> LoraSpec | None:
+    """What the body says; where it does not, a small classifier trains all its weights, no slower and better."""
+    is_small = base.num_parameters is not None and base.num_parameters < MAX_PARAMETERS_OF_SMALL
+    if body.method_type == "classification" and "adapter" not in body.model_fields_set and is_small:
+        return None
+    return body.adapter.to_spec()
+
+
+def _base_of(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> BaseModel:
+    """The ready base, if it can learn by the method."""
+    name = body.model
     target = platform.catalog.resolve(tx, who.project_id, name)
     if target.kind != "base":
         raise InvalidRequest(
@@ -127,9 +139,14 @@ def _base_of(tx: Session, platform: Platform, who: Caller, name: str) -> BaseRef
             param="model",
         )
     base = bases.get(tx, target.base_id)
-    assert base.storage_key is not None
-    assert base.content_hash is not None
-    return BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash)
+    if body.method_type != "classification" and "completions" not in base.capabilities:
+        raise InvalidRequest(
+            f"Invalid value for 'model': '{name}' ({base.architecture}) does not write text, so it cannot learn by the "
+            f"method '{body.method_type}'; an encoder is fine-tuned by 'classification'.",
+            param="model",
+            code="invalid_base_model",
+        )
+    return base
 
 
 def _usable_file(tx: Session, who: Caller, file_id: str, param: str) -> File:

@@ -7,7 +7,7 @@ nor Ray, which would make `--help` slow: each command imports what it needs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -72,6 +72,9 @@ def train(
     data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Training file (JSONL).")],
     base_model: Annotated[str, typer.Option(help="Base to start from; see `tunesmith base list`.")],
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's id.")] = None,
+    method: Annotated[
+        Literal["supervised", "dpo", "classification"], typer.Option(help="How the model learns from the rows.")
+    ] = "supervised",
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")
     ] = None,
@@ -99,7 +102,7 @@ def train(
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience
+        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience, method
     )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))

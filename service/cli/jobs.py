@@ -34,6 +34,7 @@ class TrainWishes:
     workers: int = 1
     validation_split: float | None = None
     patience: int | None = None
+    method: str = "supervised"
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
@@ -42,7 +43,7 @@ class TrainWishes:
         body: dict[str, Any] = {
             "model": self.base_model,
             "training_file": training_file,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "method": {"type": self.method, self.method: {"hyperparameters": hyperparameters}},
             "num_workers": self.workers,
         }
         if self.full:
@@ -116,7 +117,9 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
         console.print(f"Stopped watching; the job goes on. Stop it with: tunesmith jobs {job_id} --cancel")
         return 0
     if job.status == "succeeded":
-        console.print(f"[green]Succeeded.[/] Talk to it: tunesmith chat {escape(job.fine_tuned_model or '')}")
+        model = escape(job.fine_tuned_model or "")
+        is_classifier = job.method is not None and str(job.method.type) == "classification"
+        console.print(f"[green]Succeeded.[/] {'Its model:' if is_classifier else 'Talk to it: tunesmith chat'} {model}")
         return 0
     reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
     errors.print(f"The job is {job.status}{reason}", soft_wrap=True)

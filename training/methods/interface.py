@@ -20,7 +20,8 @@ class LossSums(NamedTuple):
 
     loss: torch.Tensor  # to differentiate
     num_correct: torch.Tensor  # right ones among what is counted
-    num_counted: int  # trained tokens, or pairs of answers
+    num_counted: int  # trained tokens, pairs of answers, or texts
+    logits: torch.Tensor | None = None  # [examples, labels] where a report is made of them
 
 
 LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
