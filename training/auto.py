@@ -33,8 +33,10 @@ def batch_size(num_examples: int, num_workers: int, method: str = "supervised") 
     Not less than 4, because single examples make noisy steps on small data; not more than 32, because LoRA falls
     behind full fine-tuning as batches grow (Schulman et al. 2025, "LoRA Without Regret"). For a classifier, 3 % of the
     data within 8 and 32, the sizes that Devlin et al. 2019 ("BERT") fine-tune with are 16 and 32: one text is one
-    decision, not one for each token."""
-    if method == "classification":
+    decision, not one for each token. For embeddings 64, because the other examples of a batch are the negatives."""
+    if method == "embedding":
+        size = 64
+    elif method == "classification":
         size = max(8, min(32, round(0.03 * num_examples)))
     else:
         size = max(4, min(32, round(0.002 * num_examples)))
@@ -42,7 +44,7 @@ def batch_size(num_examples: int, num_workers: int, method: str = "supervised") 
     return num_workers * ceil(size / num_workers)
 
 
-_RATE_SHARES = {"supervised": 1.0, "dpo": 0.1, "classification": 1.0}
+_RATE_SHARES = {"supervised": 1.0, "dpo": 0.1, "classification": 1.0, "embedding": 0.2}
 
 
 def learning_rate(hidden_size: int, *, lora: bool, method: str = "supervised") -> float:
@@ -77,6 +79,11 @@ def gamma(loss_type: str) -> float:
 def label_smoothing() -> float:
     """0.1, as in Szegedy et al. 2016, with which the figures of `n_epochs` were measured."""
     return 0.1
+
+
+def temperature() -> float:
+    """0.05, as in Gao et al. 2021, "SimCSE", and sentence-transformers (scale 20)."""
+    return 0.05
 
 
 def lora_rank(hidden_size: int) -> int:

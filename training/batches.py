@@ -37,6 +37,7 @@ class MicroBatch:
     places: tuple[int, ...]  # where the sequences lie in the row, in the order of the examples
     reference: torch.Tensor | None  # float32 [number of sequences], in the order of the examples
     labels: torch.Tensor | None  # int64 [number of examples]
+    num_examples: int
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
@@ -66,6 +67,7 @@ def collate(rows: dict[str, list[Any]]) -> MicroBatch:
         places=tuple(np.argsort(order).tolist()),
         reference=torch.tensor(rows["reference"]).flatten() if "reference" in rows else None,
         labels=torch.tensor(rows["label"]) if "label" in rows else None,
+        num_examples=len(rows["lengths"]),
     )
 
 

@@ -36,7 +36,7 @@ def load_classifier(
     """The base with a new head for `labels`, and the names of its modules that the base has no weights for. The same
     seed gives the same new weights everywhere."""
     config = read_json(folder / "config.json")
-    packed = _is_packed(config)
+    packed = is_packed(config)
     transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
@@ -80,7 +80,7 @@ def label_config(labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _is_packed(config: dict[str, Any]) -> bool:
+def is_packed(config: dict[str, Any]) -> bool:
     if config.get("use_bidirectional_attention"):
         return False
     return config.get("model_type") in PACKED_MODEL_TYPES or config.get("model_type") in _HEADS
@@ -122,7 +122,7 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     positions = torch.arange(len(batch.input_ids), device=device) - (ends - lengths).repeat_interleave(lengths)
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
-        position_ids=positions[None] + _first_position(model),
+        position_ids=positions[None] + first_position(model),
         example_lengths=batch.lengths,
         **({"use_cache": False} if _is_causal(model) else {}),
     ).last_hidden_state[0]
@@ -134,7 +134,7 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Texts of similar lengths together, padded on the right."""
     texts, logits = batch.input_ids.split(batch.lengths), []
-    for first, end in _groups(batch.lengths):
+    for first, end in groups(batch.lengths):
         input_ids = pad_sequence(list(texts[first:end]), batch_first=True, padding_value=model.config.pad_token_id or 0)
         lengths = torch.tensor(batch.lengths[first:end], device=input_ids.device)
         mask = (torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]).long()
@@ -146,7 +146,7 @@ def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     return torch.cat(logits)
 
 
-def _groups(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def groups(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Borders of groups of neighbours, which come longest first."""
     first = 0
     for place, length in enumerate(lengths):
@@ -164,7 +164,7 @@ def _score(model: PreTrainedModel) -> torch.nn.Module:
     return model.get_submodule("score")
 
 
-def _first_position(model: PreTrainedModel) -> int:
+def first_position(model: PreTrainedModel) -> int:
     """RoBERTa and its kin count positions from behind the padding's."""
     return model.config.pad_token_id + 1 if model.config.model_type in COUNT_FROM_PADDING else 0
 

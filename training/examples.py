@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[RecordKind, ...]] = {
     "supervised": ("chat", "completion", "text"),
     "dpo": ("preference",),
     "classification": ("classification",),
+    "embedding": ("pair",),
 }
 
 
@@ -73,16 +74,16 @@ def load_examples(spec: TrainSpec, storage: Storage, cache_dir: Path | None = No
     """Training and validation examples with columns `input_ids`, `trained` and `lengths`, in the order of the file.
 
     An example is what its record makes a model read: one sequence, or one after the other the two of a preference, the
-    better one first; `lengths` holds the tokens of each. With the method classification, whose labels must be resolved,
-    a column `label` holds the number of each example's label. The Arrow files are written to `cache_dir`, or a new
-    temporary folder; give each process its own. Without a validation file, `validation_split` of the records is held
-    out, chosen by `seed` alone. ExamplesError if any record cannot be rendered, is longer than allowed, is of a kind
-    that the method does not learn from, or has a label that the training file lacks.
+    better one first, or the texts of a pair; `lengths` holds the tokens of each. With the method classification, whose
+    labels must be resolved, a column `label` holds the number of each example's label. The Arrow files are written to
+    `cache_dir`, or a new temporary folder; give each process its own. Without a validation file, `validation_split` of
+    the records is held out, chosen by `seed` alone. ExamplesError if any record cannot be rendered, is longer than
+    allowed, is of a kind that the method does not learn from, or has a label that the training file lacks.
     """
     folder = Path(cache_dir) if cache_dir is not None else Path(tempfile.mkdtemp(prefix="examples-"))
     base = storage.local_folder(spec.base.key)
     renderer, limit = Renderer.load(base), spec.hyperparameters.max_length
-    max_length = ModelShape(base).max_context if limit == AUTO else limit
+    max_length = ModelShape(base).longest(spec.method) if limit == AUTO else limit
     write = partial(_write, renderer, storage, spec, max_length)
     train = write(spec.training_key, "training_file", folder / "train.arrow")
     if spec.validation_key is not None:
@@ -114,7 +115,7 @@ def _write(
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for line, outcome in _rendered(renderer, storage, key, spec):
             if not isinstance(outcome, str):
-                outcome = _fitting(outcome, max_length)
+                outcome = _fitting(outcome, max_length, spec.method)
             if isinstance(outcome, str):
                 problems.append((line, outcome))
                 if len(problems) == MAX_PROBLEMS:
@@ -131,12 +132,14 @@ def _write(
     return Dataset.from_file(str(path))
 
 
-def _fitting(row: Row, max_length: int) -> Outcome:
+def _fitting(row: Row, max_length: int, method: str) -> Outcome:
     sequences = row.sequences
     num_tokens = max(len(sequence.token_ids) for sequence in sequences)
     if num_tokens > max_length:
         return f"{num_tokens} tokens, and at most {max_length} are allowed; shorten or split the record"
     if len({sequence.token_ids for sequence in sequences}) < len(sequences):
+        if method == "embedding":
+            return "two of its texts are the same to the base's tokenizer, nothing to learn"
         return "the chat template writes both outputs alike, nothing to prefer"
     return row
 

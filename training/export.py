@@ -15,6 +15,7 @@ from training.artifact import MANIFEST, Manifest, commit, hash_files
 from training.classifier import label_config
 from training.lora import adapter_config, config_hash, save_adapter
 from training.model_shape import read_json
+from training.pooling import pooling_files
 from training.render import TOKENIZER_FILES, Renderer
 from training.spec import TrainSpec
 from training.storage import Storage
@@ -55,6 +56,7 @@ class Exporter:
                 if (self.base_folder / name).exists():
                     shutil.copy(self.base_folder / name, folder / name)
             self._write_labels(folder)
+            self._write_pooling(folder)
             return
         self.model.save_pretrained(folder, state_dict=self._full_weights())
         for file in self.base_folder.iterdir():  # configuration, tokenizer and licences exactly as the base has them
@@ -62,6 +64,13 @@ class Exporter:
             if file.is_file() and not is_weights:
                 shutil.copy(file, folder / file.name)
         self._write_labels(folder)
+        self._write_pooling(folder)
+
+    def _write_pooling(self, folder: Path) -> None:
+        """What says how an embedding is made of token states, where the base says it."""
+        for name in pooling_files(self.base_folder) if self.spec.method == "embedding" else ():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(self.base_folder / name, folder / name)
 
     def _write_labels(self, folder: Path) -> None:
         """A classifier's configuration is its base's, but for the head."""

@@ -24,7 +24,7 @@ from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
 from training.failure import Failure, check_flag, is_out_of_memory, out_of_memory
-from training.methods import classification, dpo, supervised
+from training.methods import classification, dpo, embedding, supervised
 from training.methods.interface import Method
 from training.model import build_model, stored_dtype
 from training.optim import Trainer, learning_rate
@@ -46,7 +46,12 @@ from training.spec import TrainSpec
 from training.storage import Storage
 from training.validation_curve import ValidationCurve
 
-METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo, "classification": classification}
+METHODS: dict[str, Method] = {
+    "supervised": supervised,
+    "dpo": dpo,
+    "classification": classification,
+    "embedding": embedding,
+}
 WISHES = list(Wish)
 # What every step sums over the workers beside the gradients. Loss and correct are divided by the method's count.
 LOSS, CORRECT, COUNT, TOKENS, OUT_OF_MEMORY, WISH = range(6)

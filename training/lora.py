@@ -117,9 +117,10 @@ def adapter_config(model: PreTrainedModel, spec: LoraSpec, base_id: str) -> dict
     """The adapter's configuration in PEFT's words."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     whole = _trained_whole(model)
+    writes = model.get_output_embeddings() is not None
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if whole else "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if writes else "SEQ_CLS" if whole else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base_id,
         "r": spec.rank,
         "lora_alpha": spec.alpha,

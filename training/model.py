@@ -1,5 +1,6 @@
 """The model of a run: building it from a base folder, and a language model's logits for a micro-batch. LoRA is in
-`training.lora`, the label head in `training.classifier`."""
+`training.lora`, the label head in `training.classifier`, encoders without a head in
+`training.embedder`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.classifier import load_classifier
+from training.embedder import load_embedder
 from training.failure import Failure
 from training.lora import inject
 
@@ -31,6 +33,8 @@ def build_model(spec: TrainSpec, folder: Path, dtype: torch.dtype, device: torch
     new: tuple[str, ...] = ()  # modules that the base does not have
     if spec.method == "classification":
         model, new = load_classifier(folder, spec.labels(), spec.seed, dtype, device)
+    elif spec.method == "embedding":
+        model = load_embedder(folder, spec.seed, dtype, device)
     else:
         model = load_model(folder, dtype, device)
     if spec.adapter is not None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from training.pooling import read_pooling
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BYTES = {
@@ -82,7 +84,7 @@ class ModelShape:
     def methods(self) -> tuple[str, ...]:
         """The methods by which it can be fine-tuned."""
         if self.is_encoder:
-            return ("classification",)
+            return ("classification", "embedding")
         if not self.is_causal:
             return ()
         labels = ("classification",) if self.model_type in _CAUSAL_WITH_LABELS else ()
@@ -115,6 +117,11 @@ class ModelShape:
         if not limits:
             raise ShapeError("config.json does not tell the context length (max_position_embeddings)")
         return min(limits)
+
+    def longest(self, method: str) -> int:
+        """Most tokens that a method's texts may have: embeddings may have a limit of their own."""
+        own = read_pooling(self.folder).max_length if method == "embedding" else None
+        return self.max_context if own is None else min(self.max_context, own)
 
     def weight_files(self) -> list[str]:
         """Names of the safetensors files that hold the weights, as transformers would choose them."""

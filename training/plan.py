@@ -90,11 +90,11 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
         counts = _count(train)
         longest = max(counts.max_tokens, _count(validation).max_tokens if validation is not None else 0)
-        if spec.classification is None:
-            warnings = _warnings_on_tokens(train, renderer, spec, storage)
-        else:
+        if spec.classification is not None:
             spec = with_counts(spec, train["label"])
             warnings = warnings_of(spec)
+        else:
+            warnings = [] if spec.embedding is not None else _warnings_on_tokens(train, renderer, spec, storage)
     resolved = _resolve(spec, shape, counts)
     _check_batches(resolved)
     hyper = resolved.hyperparameters
@@ -137,7 +137,8 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
     sequences = ceil(per_worker / hyper.gradient_accumulation_steps)
     tokens = sequences * max_example_tokens
     activations = tokens * shape.num_layers * shape.hidden_size * 34 * width // 2
-    logits = (tokens * shape.vocab_size if spec.classification is None else sequences * len(spec.labels())) * 4 * 3
+    writes = spec.method in ("supervised", "dpo")
+    logits = (tokens * shape.vocab_size if writes else sequences * (len(spec.labels()) or sequences)) * 4 * 3
     return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
 
 
@@ -162,8 +163,10 @@ def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
     if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
         message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.learning_rate_multiplier")
-    if hyper.max_length != AUTO and hyper.max_length > shape.max_context:
-        message = f"max_length {hyper.max_length} is more than the base's context of {shape.max_context} tokens."
+    if hyper.max_length != AUTO and hyper.max_length > shape.longest(spec.method):
+        message = (
+            f"max_length {hyper.max_length} is more than the base's context of {shape.longest(spec.method)} tokens."
+        )
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.max_length")
     if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
         message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
@@ -202,6 +205,11 @@ def _check_batches(spec: TrainSpec) -> None:
             f"that each worker gets of a batch of {hyper.batch_size}."
         )
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.gradient_accumulation_steps")
+    if spec.method == "embedding" and per_worker < 2 * hyper.gradient_accumulation_steps:
+        message = (
+            "Examples need others in their micro-batch as negatives: use a larger batch_size or less accumulation."
+        )
+        raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
 
 
 # -- checks on the data ------------------------------------------------------------------------------------------------
@@ -305,7 +313,7 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
         "learning_rate_multiplier": multiplier,
         "learning_rate": _or(hyper.learning_rate, rate * multiplier),
         "gradient_accumulation_steps": _or(hyper.gradient_accumulation_steps, accumulation),
-        "max_length": _or(hyper.max_length, shape.max_context),
+        "max_length": _or(hyper.max_length, shape.longest(spec.method)),
     }
     hyper = hyper.model_copy(update=resolved)
     total = _total_steps(hyper, counts.num_examples)
@@ -321,10 +329,14 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     if labelled is not None:
         smoothing = _or(labelled.label_smoothing, auto.label_smoothing())
         labelled = labelled.model_copy(update={"label_smoothing": smoothing})
+    paired = spec.embedding
+    if paired is not None and paired.temperature == AUTO:
+        paired = paired.model_copy(update={"temperature": auto.temperature()})
     changes = {
         "hyperparameters": hyper,
         "dpo": dpo,
         "classification": labelled,
+        "embedding": paired,
         "adapter": adapter,
         "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
         "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),

@@ -17,6 +17,7 @@ from training.spec import Contract
 MODULES = "modules.json"
 LIMITS = "sentence_bert_config.json"
 _KEPT = (MODULES, LIMITS, "config_sentence_transformers.json")
+POOLING_PATTERNS = (*_KEPT, "*_Pooling/config.json")  # the same files as patterns, for a download
 _STEP_FOLDER = re.compile(r"\d+_[A-Za-z]+")
 _MODES: dict[str, Literal["mean", "cls", "max"]] = {
     "pooling_mode_mean_tokens": "mean",

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from training.artifact import Fingerprint, canonical_json
-from training.records import ChatRecord, ClassificationRecord, CompletionRecord, Sequence
+from training.records import ChatRecord, ClassificationRecord, CompletionRecord, Sequence, WholeText
 from training.template import TOKEN_END, TOKEN_START, ChatTemplate, RenderError, Span
 
 __all__ = ["TOKENIZER_FILES", "Example", "RenderError", "Renderer"]
@@ -120,7 +120,7 @@ class Renderer:
 
     def encode_whole(self, text: str) -> list[int]:
         """Ids of a text that nothing is to follow, with all the tokenizer's special tokens ([CLS] and [SEP], with
-        some): what transformers' `AutoTokenizer` gives. It is what a classifier reads."""
+        some): what transformers' `AutoTokenizer` gives. It is what encoders and classifiers read."""
         return self.tokenizer.encode(text, add_special_tokens=True).ids
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -148,8 +148,8 @@ class Renderer:
                 return self._render_chat(record)
             if isinstance(record, CompletionRecord):
                 return self._completion(record)
-            if isinstance(record, ClassificationRecord):
-                return self._to_classify(record)
+            if isinstance(record, ClassificationRecord | WholeText):
+                return self._whole(record.text)
             ids = self.encode_text(record.text)
             num_front = len(ids) - len(self._plain.encode(record.text, add_special_tokens=False).ids)
             return self._with_eos(ids, max(num_front, 0))
@@ -192,9 +192,9 @@ class Renderer:
             whole = prompt + self._encode_piece(record.completion)[0]
         return self._with_eos(whole, len(prompt))
 
-    def _to_classify(self, record: ClassificationRecord) -> Example:
+    def _whole(self, text: str) -> Example:
         """The whole text is learned from; as everywhere, its first token does not count."""
-        ids = self.encode_whole(record.text)
+        ids = self.encode_whole(text)
         if not ids:
             raise RenderError("the base's tokenizer makes no token of the text")
         return Example(tuple(ids), tuple(position > 0 for position in range(len(ids))))

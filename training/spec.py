@@ -96,13 +96,20 @@ class ClassificationSpec(ClassificationSettings):
     label_counts: tuple[int, ...] | Auto = AUTO  # training examples of each label
 
 
+class EmbeddingSpec(Contract):
+    """Settings of the method `embedding`; the loss is explained in `training.methods.embedding`."""
+
+    temperature: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Auto = AUTO
+
+
 class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
     base: BaseRef
-    method: Literal["supervised", "dpo", "classification"] = "supervised"
+    method: Literal["supervised", "dpo", "classification", "embedding"] = "supervised"
     dpo: DpoSpec | None = None  # given with the method dpo, and only with it
     classification: ClassificationSpec | None = None  # given with the method classification, and only with it
+    embedding: EmbeddingSpec | None = None  # given with the method embedding, and only with it
     training_key: str  # storage key of the JSONL training file
     validation_key: str | None = None
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share held out when no validation file is given
@@ -131,13 +138,13 @@ class TrainSpec(Contract):
         """Names of the fields still on auto, dotted; empty when the spec can be run."""
         names = [name for name in ("precision", "eval_interval", "checkpoint_interval") if getattr(self, name) == AUTO]
         names += [f"hyperparameters.{name}" for name, value in self.hyperparameters if value == AUTO]
-        for part in ("adapter", "dpo", "classification"):
+        for part in ("adapter", "dpo", "classification", "embedding"):
             names += [f"{part}.{name}" for name, value in getattr(self, part) or () if value == AUTO]
         return names
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> TrainSpec:
-        for name in ("dpo", "classification"):
+        for name in ("dpo", "classification", "embedding"):
             if (getattr(self, name) is not None) != (self.method == name):
                 raise ValueError(f"'{name}' holds the settings of the method '{name}': give both or neither")
         return self

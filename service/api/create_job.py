@@ -85,6 +85,7 @@ def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -
         method=body.method_type,
         dpo=body.dpo_settings(),
         classification=body.classification_settings(),
+        embedding=body.embedding_settings(),
         training_key=training.storage_key,
         validation_key=validation.storage_key if validation else None,
         validation_split=body.validation_split,
@@ -122,9 +123,9 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
 
 
 def _adapter(body: CreateJob, base: BaseModel) -> LoraSpec | None:
-    """What the body says; where it does not, a small classifier trains all its weights, no slower and better."""
+    """What the body says; where it does not, a small encoder trains all its weights, no slower and better."""
     is_small = base.num_parameters is not None and base.num_parameters < MAX_PARAMETERS_OF_SMALL
-    if body.method_type == "classification" and "adapter" not in body.model_fields_set and is_small:
+    if body.method_type in ("classification", "embedding") and "adapter" not in body.model_fields_set and is_small:
         return None
     return body.adapter.to_spec()
 
@@ -139,14 +140,22 @@ def _base_of(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> B
             param="model",
         )
     base = bases.get(tx, target.base_id)
-    if body.method_type != "classification" and "completions" not in base.capabilities:
+    if (needed := _NEEDED.get(body.method_type)) is not None and needed[0] not in base.capabilities:
         raise InvalidRequest(
-            f"Invalid value for 'model': '{name}' ({base.architecture}) does not write text, so it cannot learn by the "
-            f"method '{body.method_type}'; an encoder is fine-tuned by 'classification'.",
+            f"Invalid value for 'model': '{name}' ({base.architecture}) {needed[1]}, so it cannot learn by the method "
+            f"'{body.method_type}'.",
             param="model",
             code="invalid_base_model",
         )
     return base
+
+
+# What a base must be able to do for a method, and what to say if it cannot.
+_NEEDED = {
+    "supervised": ("completions", "does not write text, as an encoder never does"),
+    "dpo": ("completions", "does not write text, as an encoder never does"),
+    "embedding": ("embed", "is no encoder"),
+}
 
 
 def _usable_file(tx: Session, who: Caller, file_id: str, param: str) -> File:

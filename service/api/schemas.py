@@ -15,6 +15,7 @@ from training.spec import (
     ClassificationSpec,
     DpoSpec,
     EarlyStopping,
+    EmbeddingSpec,
     Hyperparameters,
     LoraSpec,
     PositiveFloat,
@@ -25,7 +26,7 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 
-MethodType = Literal["supervised", "dpo", "classification"]
+MethodType = Literal["supervised", "dpo", "classification", "embedding"]
 
 _SUFFIX = re.compile(r"[a-z0-9._-]{1,64}")
 _BASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -89,15 +90,15 @@ def _no_integrations(value: Any) -> Any:
 def _no_reinforcement(value: Any) -> Any:
     if value == "reinforcement":
         why = (
-            "Unsupported parameter: 'method.type' cannot be 'reinforcement' here. Supported are 'supervised', 'dpo' "
-            "and 'classification'."
+            "Unsupported parameter: 'method.type' cannot be 'reinforcement' here. Supported are 'supervised', 'dpo', "
+            "'classification' and 'embedding'."
         )
         raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
     return value
 
 
 def _no_other_method(value: Any) -> Any:
-    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised', 'dpo' or 'classification' only.")
+    return _refuse(value, "Unsupported parameter: 'method' may hold the settings of its own type only.")
 
 
 def _only_of_its_type(value: Any, info: ValidationInfo) -> Any:
@@ -146,6 +147,16 @@ class Classification(Wire):
     hyperparameters: WireClassificationHyperparameters | None = None
 
 
+class WireEmbeddingHyperparameters(WireHyperparameters, EmbeddingSpec):
+    """The same, and the settings of the method `embedding`."""
+
+
+class Embedding(Wire):
+    """Settings of the method `embedding`."""
+
+    hyperparameters: WireEmbeddingHyperparameters | None = None
+
+
 class Method(Wire):
     """How to fine-tune."""
 
@@ -153,6 +164,7 @@ class Method(Wire):
     supervised: Annotated[Supervised | None, BeforeValidator(_only_of_its_type)] = None
     dpo: Annotated[Dpo | None, BeforeValidator(_only_of_its_type)] = None
     classification: Annotated[Classification | None, BeforeValidator(_only_of_its_type)] = None
+    embedding: Annotated[Embedding | None, BeforeValidator(_only_of_its_type)] = None
     reinforcement: Annotated[None, BeforeValidator(_no_other_method)] = None
 
 
@@ -228,6 +240,12 @@ class CreateJob(Wire):
         if self.method_type != "classification":
             return None
         return ClassificationSpec.model_validate(_given(self._of_method(), ClassificationSettings))
+
+    def embedding_settings(self) -> EmbeddingSpec | None:
+        """The same for the method `embedding`."""
+        if self.method_type != "embedding":
+            return None
+        return EmbeddingSpec.model_validate(_given(self._of_method(), EmbeddingSpec))
 
     def _of_method(self) -> WireHyperparameters | None:
         settings = None if self.method is None else getattr(self.method, self.method.type)

@@ -73,7 +73,8 @@ def train(
     base_model: Annotated[str, typer.Option(help="Base to start from; see `tunesmith base list`.")],
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's id.")] = None,
     method: Annotated[
-        Literal["supervised", "dpo", "classification"], typer.Option(help="How the model learns from the rows.")
+        Literal["supervised", "dpo", "classification", "embedding"],
+        typer.Option(help="How the model learns from the rows."),
     ] = "supervised",
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")

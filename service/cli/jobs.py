@@ -118,8 +118,8 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
         return 0
     if job.status == "succeeded":
         model = escape(job.fine_tuned_model or "")
-        is_classifier = job.method is not None and str(job.method.type) == "classification"
-        console.print(f"[green]Succeeded.[/] {'Its model:' if is_classifier else 'Talk to it: tunesmith chat'} {model}")
+        talks = job.method is None or str(job.method.type) not in ("classification", "embedding")
+        console.print(f"[green]Succeeded.[/] {'Talk to it: tunesmith chat' if talks else 'Its model:'} {model}")
         return 0
     reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
     errors.print(f"The job is {job.status}{reason}", soft_wrap=True)
