@@ -6,7 +6,9 @@ Pure arithmetic on the numbers that planning has counted; knows no files.
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
+
+from training.spec import AUTO, TrainSpec
 
 MAX_MICRO_BATCH_TOKENS = 4096
 _SMALL_MODEL = 50_000_000  # parameters
@@ -121,3 +123,25 @@ def eval_interval(total_steps: int) -> int:
 def checkpoint_interval(total_steps: int) -> int:
     """Five checkpoints in a run, so that a crash costs at most a fifth of it."""
     return max(1, ceil(total_steps / 5))
+
+
+def method_settings(spec: TrainSpec) -> dict[str, Any]:
+    """The settings of the spec's method, by its name, with numbers in place of every"""
+    if (dpo := spec.dpo) is not None:
+        found = {
+            "beta": unless_given(dpo.beta, beta(dpo.loss_type)),
+            "gamma": unless_given(dpo.gamma, gamma(dpo.loss_type)),
+        }
+        return {"dpo": dpo.model_copy(update=found)}
+    if (labelled := spec.classification) is not None:
+        found = {"label_smoothing": unless_given(labelled.label_smoothing, label_smoothing())}
+        return {"classification": labelled.model_copy(update=found)}
+    if (paired := spec.embedding) is not None:
+        found = {"temperature": unless_given(paired.temperature, temperature())}
+        return {"embedding": paired.model_copy(update=found)}
+    return {}
+
+
+def unless_given(value: Any, rule: Any) -> Any:
+    """A value that was chosen, or what the rule says."""
+    return rule if value == AUTO else value

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import auto
+from training.auto import unless_given as _or
 from training.examples import ExamplesError, load_examples
 from training.labels import count_labels, problem_of, warnings_of, with_counts
 from training.model_shape import ModelShape, ShapeError
@@ -138,7 +139,7 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
     tokens = sequences * max_example_tokens
     activations = tokens * shape.num_layers * shape.hidden_size * 34 * width // 2
     writes = spec.method in ("supervised", "dpo")
-    logits = (tokens * shape.vocab_size if writes else sequences * (len(spec.labels()) or sequences)) * 4 * 3
+    logits = (tokens * shape.vocab_size if writes else sequences * len(spec.labels())) * 4 * 3
     return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
 
 
@@ -321,32 +322,15 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     if adapter is not None:
         rank, alpha = _or(adapter.rank, auto.lora_rank(shape.hidden_size)), _or(adapter.alpha, auto.lora_alpha())
         adapter = adapter.model_copy(update={"rank": rank, "alpha": alpha})
-    dpo = spec.dpo
-    if dpo is not None:
-        beta, gamma = _or(dpo.beta, auto.beta(dpo.loss_type)), _or(dpo.gamma, auto.gamma(dpo.loss_type))
-        dpo = dpo.model_copy(update={"beta": beta, "gamma": gamma})
-    labelled = spec.classification
-    if labelled is not None:
-        smoothing = _or(labelled.label_smoothing, auto.label_smoothing())
-        labelled = labelled.model_copy(update={"label_smoothing": smoothing})
-    paired = spec.embedding
-    if paired is not None and paired.temperature == AUTO:
-        paired = paired.model_copy(update={"temperature": auto.temperature()})
     changes = {
         "hyperparameters": hyper,
-        "dpo": dpo,
-        "classification": labelled,
-        "embedding": paired,
+        **auto.method_settings(spec),
         "adapter": adapter,
         "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
         "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
         "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
     }
     return TrainSpec.model_validate(spec.model_copy(update=changes).model_dump())
-
-
-def _or(value: Any, resolved: Any) -> Any:
-    return resolved if value == AUTO else value
 
 
 def _total_steps(hyper: Hyperparameters, num_examples: int) -> int:

@@ -34,8 +34,8 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def bert_config(labels: tuple[str, ...] = LABELS) -> BertConfig:
-    """Small, with weights far enough from zero for texts to be told apart."""
+def bert_config(labels: tuple[str, ...] = LABELS, initializer_range: float = 0.4) -> BertConfig:
+    """Small, with weights far enough from zero for a random head to tell texts apart."""
     return BertConfig(
         vocab_size=tokenizer().get_vocab_size(),
         hidden_size=WIDTH,
@@ -43,7 +43,7 @@ def bert_config(labels: tuple[str, ...] = LABELS) -> BertConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.4,
+        initializer_range=initializer_range,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
     )
@@ -59,9 +59,9 @@ def save_classifier(folder: Path, labels: tuple[str, ...] = LABELS, temperature:
 
 
 def save_encoder(folder: Path, *, pooling: str | None = None, normalize: bool = True) -> Path:
-    """An encoder; with `pooling`, in sentence-transformers' layout."""
+    """An encoder that can learn; with `pooling`, in sentence-transformers' layout."""
     torch.manual_seed(5)
-    BertModel(bert_config()).save_pretrained(folder)
+    BertModel(bert_config(initializer_range=0.02)).save_pretrained(folder)
     if pooling is not None:
         steps = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
         modules = [

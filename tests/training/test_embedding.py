@@ -198,13 +198,15 @@ def test_ten_steps_are_five_and_five_more(storage: Storage, tmp_path: Path, chan
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_what_is_served_is_what_was_trained(storage: Storage, tmp_path: Path, lora: bool) -> None:
     base = make_encoder(storage, tmp_path, normalize=True)
-    spec = make_spec(storage, base, lora=lora, n_epochs=20, validation_key="files/pairs", eval_interval=1)
+    rate = 0.01 if lora else 0.003
+    spec = make_spec(
+        storage, base, lora=lora, n_epochs=20, learning_rate=rate, validation_key="files/pairs", eval_interval=1
+    )
     channel = Recorder()
     assert run(spec, storage, "runs/one", channel, tmp_path).status == "finished"
     first, last = channel.of(EvalMetrics)[0], channel.of(EvalMetrics)[-1]
-    assert last.valid_loss < 0.5 * first.valid_loss
-    assert last.valid_mean_token_accuracy >= first.valid_mean_token_accuracy
-    assert last.valid_mean_token_accuracy == 1.0
+    assert last.valid_loss < 0.1 * first.valid_loss
+    assert first.valid_mean_token_accuracy < last.valid_mean_token_accuracy == 1.0
     assert channel.of(StepMetrics)[0].num_trained_tokens > 0
     artifact = storage.local_folder("runs/one/artifact")
     assert {"modules.json", "1_Pooling"} <= {path.name for path in artifact.iterdir()}
@@ -300,13 +302,13 @@ def test_a_language_model_is_no_base_for_it(storage: Storage) -> None:
 
 def test_the_limit_of_the_layout_binds_training_too(storage: Storage, tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "short", pooling="mean_tokens")
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')
     found = import_base(storage, id="short", source=str(folder), revision=None, progress=lambda _: None)
     base = BaseRef(id="short", key=found.storage_key, content_hash=found.content_hash)
     spec = TrainSpec(
         base=base, method="embedding", embedding=EmbeddingSpec(), training_key=write_pairs(storage, "files/p")
     )
-    with pytest.raises(PlanError, match="at most 8 are allowed"):
+    with pytest.raises(PlanError, match="at most 7 are allowed"):
         plan(spec, storage)
 
 
