@@ -79,7 +79,8 @@ class ModelShape:
     def is_encoder(self) -> bool:
         """Whether it is an encoder, with or without the head of its pre-training (which is not used)."""
         is_known = self.model_type in ENCODERS and not self.config.get("is_decoder")
-        return is_known and self.architecture.endswith(_ENCODER_ENDINGS)
+        has_such_a_head = self.architecture.endswith(_ENCODER_ENDINGS) and not self.architecture.endswith("LMHeadModel")
+        return is_known and has_such_a_head
 
     def methods(self) -> tuple[str, ...]:
         """The methods by which it can be fine-tuned."""
