@@ -1,4 +1,4 @@
-"""How an encoder's token states become one embedding, as a folder in sentence-transformers' layout says it.
+"""How an encoder's token states become one embedding: what a folder in sentence-transformers' layout says of it.
 
 `modules.json` lists the steps: the transformer, pooling (`1_Pooling/config.json`), and perhaps normalisation to unit
 length (`2_Normalize`). A folder without it is pooled by the mean and normalised. Read by training and by serving alike;

@@ -18,7 +18,7 @@ from service.platform import Platform
 from service.store import checkpoints, jobs, keys
 from service.store.database import now
 from tests.api.conftest import BASE, SLASHED_BASE, NewClient, add_base_row, upload
-from training.spec import ClassificationSpec, DpoSpec, TrainSpec
+from training.spec import ClassificationSpec, DpoSpec, EmbeddingSpec, TrainSpec
 
 LABELLED = b'{"text": "Where is my card?", "label": "card"}\n{"text": "Is this you?", "label": "other"}\n' * 5
 RETRY = {"x-stainless-retry-count": "1"}
@@ -153,7 +153,7 @@ def test_a_classification_job_echoes_its_settings_and_becomes_the_spec(
 
 
 def test_a_base_that_cannot_learn_by_the_method_is_refused(project_client: OpenAI, platform: Platform) -> None:
-    add_base_row(platform.db, "encoder", architecture="BertModel", capabilities=[])
+    add_base_row(platform.db, "encoder", architecture="BertModel", capabilities=["embed"])
     file = upload(project_client, platform)
     with pytest.raises(openai.BadRequestError) as caught:
         project_client.fine_tuning.jobs.create(model="encoder", training_file=file)
@@ -161,6 +161,28 @@ def test_a_base_that_cannot_learn_by_the_method_is_refused(project_client: OpenA
     rows = upload(project_client, platform, LABELLED)
     method: Any = {"type": "classification"}
     assert project_client.fine_tuning.jobs.create(model="encoder", training_file=rows, method=method).model == "encoder"
+    with pytest.raises(openai.BadRequestError, match="is no encoder") as caught:
+        embedding: Any = {"type": "embedding"}
+        project_client.fine_tuning.jobs.create(model=BASE, training_file=rows, method=embedding)
+    assert (caught.value.code, caught.value.param) == ("invalid_base_model", "model")
+
+
+def test_an_embedding_job_echoes_its_settings_and_becomes_the_spec(project_client: OpenAI, platform: Platform) -> None:
+    add_base_row(platform.db, "embedder", architecture="BertModel", capabilities=["embed"])
+    rows = upload(project_client, platform, b'{"anchor": "a", "positive": "b"}\n' * 10)
+    report: Any = project_client.files.retrieve(rows).model_dump()["report"]
+    assert (report["kind"], report["num_records"]) == ("pair", 10)
+    body: Any = {"type": "embedding", "embedding": {"hyperparameters": {"n_epochs": 2, "temperature": 0.1}}}
+    job = project_client.fine_tuning.jobs.create(model="embedder", training_file=rows, method=body)
+    echoed: Any = job.model_dump()
+    assert {"n_epochs": 2, "temperature": 0.1}.items() <= echoed["method"]["embedding"]["hyperparameters"].items()
+    with platform.db.read() as tx:
+        spec = TrainSpec.model_validate(jobs.by_id(tx, job.id).spec)
+    assert (spec.method, spec.embedding, spec.adapter) == ("embedding", EmbeddingSpec(temperature=0.1), None)
+    body["embedding"]["hyperparameters"]["temperature"] = 0
+    with pytest.raises(openai.BadRequestError) as caught:
+        project_client.fine_tuning.jobs.create(model="embedder", training_file=rows, method=body)
+    assert caught.value.param == "method.embedding.hyperparameters.temperature"
 
 
 @pytest.mark.parametrize(

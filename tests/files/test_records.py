@@ -225,7 +225,7 @@ FAULTS: list[tuple[bytes, str]] = [
     (b'{"text": ""}', "text: empty, nothing to train on"),
     (
         b'{"question": "a", "answer": "b"}',
-        '"messages" (chat), "prompt" and "completion", "text", "text" and "label" (classification), or "input", ',
+        '"messages" (chat), "prompt" and "completion", "text", "text" and "label" (classification), "anchor" and ',
     ),
     (b'{"text": "a", "text": "b"}', 'the key "text" appears twice'),
     (b'{"text": NaN}', "NaN is not JSON"),

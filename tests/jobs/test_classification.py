@@ -7,17 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from service.jobs.launchers import LoopFit
 from service.jobs.states import JobState
 from service.serving.fleet import wanted
 from service.store import bases, files, models, tasks
-from service.store.tables import BaseModel, Job
+from service.store.tables import BaseModel, Job, Model
+from tests.jobs.encoding import encode
 from tests.jobs.world import PROJECT, World
 from tests.training.labelled import LABELS, labelled_rows, write_encoder
 from training.artifact import verify
 from training.spec import BaseRef, ClassificationSpec, Hyperparameters, LoraSpec, TrainSpec
+from training.storage import Storage
 
 
 @pytest.fixture
@@ -66,7 +72,9 @@ def test_a_job_becomes_a_model_that_classifies_with_its_report(
         made = [files.get(tx, PROJECT, file_id) for file_id in job.result_file_ids]
         apps = wanted(tx, world.settings, "one")
     assert (model.kind, model.capabilities) == ("full" if adapter is None else "adapter", ["classify"])
-    assert apps == [], "engines that write text cannot host an encoder"
+    hosted = [(app.deployable.kind, app.deployable.id, app.deployable.task) for app in apps]
+    assert hosted[0] == ("base", "encoder", "embed")
+    assert ("full", model.id, "classify") in hosted, "an adapter too has an app of its own"
     manifest = verify(world.storage, model.storage_key, model.manifest_hash)
     assert manifest.spec is not None
     assert (manifest.kind, manifest.spec.method) == (model.kind, "classification")
@@ -79,6 +87,26 @@ def test_a_job_becomes_a_model_that_classifies_with_its_report(
     assert report["num_examples"] == 10
     assert isinstance(report["temperature"], float)
     assert any(text.startswith("Validation: accuracy") for text in world.messages(job))
+    texts = [row["text"] for row in labelled_rows(8)]
+    answer = encode(world, model.id, texts)
+    assert answer.labels == LABELS
+    expected = plain_log_probabilities(world.storage, base, model, texts) / report["temperature"]
+    np.testing.assert_allclose(answer.rows, torch.log_softmax(expected, dim=-1), atol=1e-4)
+
+
+def plain_log_probabilities(storage: Storage, base: BaseModel, model: Model, texts: list[str]) -> torch.Tensor:
+    """Log-probabilities as transformers and PEFT compute them from the published folder."""
+    folder, weights = storage.local_folder(model.storage_key), storage.local_folder(base.storage_key or "")
+    loaded: Any = AutoModelForSequenceClassification
+    plain = loaded.from_pretrained(
+        weights if model.kind == "adapter" else folder, config=AutoConfig.from_pretrained(folder)
+    )
+    if model.kind == "adapter":
+        plain = PeftModel.from_pretrained(plain, str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = [plain.eval()(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    return torch.stack(logits).log_softmax(dim=-1)
 
 
 def test_without_validation_there_is_no_report(world: World, base: BaseModel) -> None:

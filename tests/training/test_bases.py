@@ -64,14 +64,12 @@ def test_real_models_are_imported_and_proved(
 
 
 @pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
-def test_an_encoder_is_imported_and_can_do_nothing_before_it_is_trained(
-    storage: Storage, tmp_path: Path, architecture: str
-) -> None:
+def test_an_encoder_is_imported_and_embeds_as_it_is(storage: Storage, tmp_path: Path, architecture: str) -> None:
     folder = write_encoder(tmp_path / "encoder")
     change_json(folder / "config.json", architectures=[architecture])
     base = add(storage, folder)
-    assert (base.architecture, base.max_context, base.capabilities) == (architecture, 64, ())
-    assert ModelShape(Path(storage.path(base.storage_key))).methods() == ("classification",)
+    assert (base.architecture, base.max_context, base.capabilities) == (architecture, 64, ("embed",))
+    assert ModelShape(Path(storage.path(base.storage_key))).methods() == ("classification", "embedding")
     verify(storage, base.storage_key, base.manifest_hash)
 
 
