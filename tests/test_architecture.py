@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for package in ("service", "training") for path in (ROOT / package).rglob("*.py"))
 
-CONTRACT = {"training.spec", "training.records", "training.progress", "training.artifact", "training.storage"}
+CONTRACT = {
+    *("training.spec", "training.records", "training.progress", "training.artifact", "training.storage"),
+    "training.pooling",
+}
 # Who may use training beyond the contract and the renderer, and what.
 BRIDGES = {
     "service.jobs.run_actor": {"training.ray_run"},

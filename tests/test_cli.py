@@ -174,6 +174,16 @@ def test_train_learns_from_preferences(tunesmith: Tunesmith, client: OpenAI, bas
     assert "--method dpo" in shown
 
 
+def test_train_takes_a_method(tunesmith: Tunesmith, client: OpenAI, tmp_path: Path, base: str) -> None:
+    rows = tmp_path / "labelled.jsonl"
+    rows.write_text("\n".join(f'{{"text": "number {i}", "label": "{i % 2}"}}' for i in range(12)))
+    tunesmith("train", str(rows), "--base-model", base, "--method", "classification", "--epochs", "2")
+    job = client.fine_tuning.jobs.list(limit=1).data[0].to_dict()
+    assert job["method"]["type"] == "classification"  # type: ignore[index]
+    assert job["method"]["classification"]["hyperparameters"]["n_epochs"] == 2  # type: ignore[index]
+    assert "classification" in tunesmith("train", str(rows), "--base-model", base, "--method", "magic", expect=2).output
+
+
 def test_train_validates_on_a_share_of_the_rows_and_stops_early(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:

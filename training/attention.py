@@ -38,17 +38,18 @@ def packed_attention(
     example_lengths: tuple[int, ...] = (),
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example of one packed row; tensors are [1, heads, tokens, head_dim], the result is
-    [1, tokens, heads, head_dim]. Lengths descend."""
+    """Attention within each example of one packed row, causal unless the module says that it is not; tensors are
+    [1, heads, tokens, head_dim], the result is [1, tokens, heads, head_dim]. Lengths descend."""
     assert query.shape[0] == 1 and query.shape[2] == sum(example_lengths), "a packed row needs its examples' lengths"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    knows_short = query.device.type == "cpu" and not dropout
+    causal = getattr(module, "is_causal", True)
+    knows_short = query.device.type == "cpu" and causal and not dropout
     num_long = sum(length > MAX_SHORT for length in example_lengths) if knows_short else len(example_lengths)
     long, short = example_lengths[:num_long], example_lengths[num_long:]
     outputs, border = [], sum(long)
     if long:
         q, k, v = (x[0, :, :border] for x in (query, key, value))
-        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window))
+        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal))
     if short:
         q, k, v = (x[0, :, border:] for x in (query, key, value))
         outputs.append(short_attention(q, k, v, short, scale, sliding_window))
@@ -63,6 +64,7 @@ def _long_attention(
     scale: float,
     dropout: float,
     sliding_window: int | None,
+    causal: bool,
 ) -> torch.Tensor:
     """[heads, tokens, head_dim] from the same, with key and value of perhaps fewer heads."""
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
@@ -71,8 +73,9 @@ def _long_attention(
     for (length, count), *parts in zip(runs, *(x.split(sizes, dim=1) for x in (query, key, value)), strict=True):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)  # [count, heads, length, dim]
         band = _band(length, sliding_window, query.device)
+        is_causal = causal and band is None
         out = scaled_dot_product_attention(
-            q, k, v, band, dropout, is_causal=band is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, band, dropout, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(0, 1).flatten(1, 2))
     return torch.cat(outputs, dim=1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from training.batches import Examples, collate
+from training.classification_metrics import report
 from training.failure import check_flag, is_out_of_memory
 from training.methods.interface import LossSumsOf
 from training.parallel import Workers
@@ -18,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over what the method counts in the validation set: trained tokens, or pairs."""
+    """Means over what the method counts in the validation set: trained tokens, pairs, or texts."""
 
     loss: float
     accuracy: float
     means: dict[str, float] = field(default_factory=dict)  # what the method reports beside them
+    report: dict[str, Any] | None = None  # of a classifier, see `training.classification_metrics`
 
 
 def evaluate(
@@ -32,23 +36,27 @@ def evaluate(
     workers: Workers,
     micro_batch_size: int,
     means: tuple[str, ...] = (),
+    labels: tuple[str, ...] = (),
 ) -> Evaluation:
     """Validate without touching gradients or random state; every worker gets the same result. `means` are the names of
-    the method's own numbers, if they are wanted."""
+    the method's own numbers, if they are wanted; a classifier's labels are given for the report."""
     sums = torch.zeros(4 + len(means), device=workers.device)  # loss, correct, count, workers out of memory, means
+    logits = torch.zeros(len(examples), len(labels), device=workers.device)
     mine = range(workers.rank, len(examples), workers.size)
     model.eval()
     try:
         with torch.inference_mode():
             for start in range(0, len(mine), micro_batch_size):
-                batch = collate(examples[list(mine[start : start + micro_batch_size])]).to(workers.device)
-                found = loss_sums(model, batch)
+                indices = list(mine[start : start + micro_batch_size])
+                found = loss_sums(model, collate(examples[indices]).to(workers.device))
                 sums[0] += found.loss
                 sums[1] += found.num_correct
                 sums[2] += found.num_counted
                 if means:
                     assert found.others is not None
                     sums[4:] += found.others
+                if found.logits is not None:
+                    logits[indices] = found.logits.to(logits)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -58,7 +66,12 @@ def evaluate(
     workers.sum_(sums)
     loss_sum, correct_sum, count, out_of_memory, *others = sums.tolist()
     check_flag(out_of_memory)
+    made = None
+    if labels:
+        workers.sum_(logits)
+        if math.isfinite(loss_sum):
+            truth = examples[list(range(len(examples)))]["label"]
+            made = report(logits.double().cpu().numpy(), np.asarray(truth), labels)
     count = max(count, 1)
-    return Evaluation(
-        loss_sum / count, correct_sum / count, {name: x / count for name, x in zip(means, others, strict=True)}
-    )
+    own = {name: total / count for name, total in zip(means, others, strict=True)}
+    return Evaluation(loss_sum / count, correct_sum / count, own, made)

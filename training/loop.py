@@ -18,14 +18,14 @@ import torch
 from training.artifact import read_manifest
 from training.batches import Batches, Examples
 from training.checkpoints import Checkpoints, TrainerState
+from training.classification_metrics import summary
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
 from training.failure import Failure, check_flag, is_out_of_memory, not_finite
-from training.lora import inject, load_adapter
-from training.methods import dpo, supervised
+from training.methods import classification, dpo, embedding, supervised
 from training.methods.interface import Method
-from training.model import load_model, stored_dtype
+from training.model import build_model, stored_dtype
 from training.optim import Trainer, learning_rate
 from training.parallel import Workers, agree_on
 from training.progress import (
@@ -48,7 +48,12 @@ from training.start import check_start
 from training.storage import Storage
 from training.validation_curve import ValidationCurve
 
-METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo}
+METHODS: dict[str, Method] = {
+    "supervised": supervised,
+    "dpo": dpo,
+    "classification": classification,
+    "embedding": embedding,
+}
 WISHES = list(Wish)
 # What every step sums over the workers beside the gradients; behind it come the method's own numbers. Loss, correct and
 # those are divided by the method's count.
@@ -186,12 +191,7 @@ class _Run:
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
         start_folder = self.storage.local_folder(spec.start.key) if spec.start is not None else None
-        weights_folder = base_folder if spec.adapter is not None or start_folder is None else start_folder
-        self.model = load_model(weights_folder, full_load, self.workers.device)
-        if spec.adapter is not None:
-            inject(self.model, spec.adapter, spec.seed)
-            if start_folder is not None:
-                load_adapter(self.model, start_folder)
+        self.model = build_model(spec, base_folder, start_folder, full_load, self.workers.device)
         num_sums = NUM_SUMS + len(self.method.MEANS)
         self.trainer = Trainer(self.model, spec.hyperparameters, num_sums, dtype if spec.adapter is None else None)
         self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
@@ -278,8 +278,9 @@ class _Run:
         """Validate, when there is something to validate on."""
         if not self.valid_set:
             return
+        means, labels = self.method.MEANS, self.spec.labels()
         result = evaluate(
-            self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, self.method.MEANS
+            self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, means, labels
         )
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
@@ -309,7 +310,8 @@ class _Run:
             valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
             curve=self.curve,
         )
-        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir)
+        report = evaluation.report if evaluation else None
+        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir, report)
         self._say_checkpoint(state, manifest_hash)
         for step in self.checkpoints.prune():
             self.reporter.say(CheckpointDeleted, step=step, key=self.checkpoints.key(step))
@@ -331,6 +333,8 @@ class _Run:
         for text in self.curve.endings(self.step, self.batches.total_steps, self.spec.early_stopping):
             self.reporter.say(Message, text=text)
         step = self.step if self.curve.best_step is None else self.curve.best_step
+        if (found := self.checkpoints.report(step)) is not None:
+            self.reporter.say(Message, text=summary(found))
         return self._finish(self.checkpoints.promote(step, self.artifact_key, self.step), step)
 
     def _finish(self, manifest_hash: str, step: int) -> Outcome:

@@ -82,11 +82,14 @@ def scale_of(spec: LoraSpec) -> float:
     return alpha / (math.sqrt(rank) if spec.rslora else rank)
 
 
-def inject(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
-    """Freeze the model and wrap its target layers; returns their names. The same seed gives the same A everywhere."""
+def inject(model: PreTrainedModel, spec: LoraSpec, seed: int, whole: tuple[str, ...] = ()) -> list[str]:
+    """Freeze the model and wrap its target layers; returns their names. The same seed gives the same A everywhere.
+    Modules named in `whole`, such as a new head, are trained with all their weights, in fp32."""
     model.requires_grad_(False)
+    for name in whole:
+        _train_whole(model.get_submodule(name))
     generator = torch.Generator().manual_seed(seed)
-    names = _target_names(model, spec)
+    names = _target_names(model, spec, whole)
     for name in names:
         base = model.get_submodule(name)
         out_features, in_features = _rows(base).shape
@@ -96,6 +99,11 @@ def inject(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return names
+
+
+def _train_whole(module: nn.Module) -> None:
+    module.float().requires_grad_(True)
+    module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
 
 @contextmanager
@@ -117,10 +125,12 @@ def _rows(layer: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _target_names(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
-    """Linear layers that the spec names; the output head is never one of them. Failure if a target matches nothing."""
+def _target_names(model: PreTrainedModel, spec: LoraSpec, whole: tuple[str, ...]) -> list[str]:
+    """Linear layers that the spec names; the output head is never one of them, nor is a part of a module that is
+    trained whole. Failure if a target matches nothing."""
     head = model.get_output_embeddings()
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    outside = {id(head), *(id(module) for name in whole for module in model.get_submodule(name).modules())}
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) not in outside]
     if spec.targets == "all-linear":
         return linears
     for target in spec.targets:
@@ -138,9 +148,11 @@ def _matches(name: str, target: str) -> bool:
 def adapter_config(model: PreTrainedModel, spec: LoraSpec, base_id: str) -> dict[str, Any]:
     """The adapter's configuration in PEFT's words."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    whole = _trained_whole(model)
+    writes = model.get_output_embeddings() is not None
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if writes else "SEQ_CLS" if whole else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base_id,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
@@ -152,7 +164,7 @@ def adapter_config(model: PreTrainedModel, spec: LoraSpec, base_id: str) -> dict
         else sorted(spec.targets),
         "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": whole or None,
         "inference_mode": True,
     }
 
@@ -163,14 +175,31 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def lora_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A, B and the magnitudes of every wrapped layer by their names in a PEFT file."""
-    return {
+    """A, B and the magnitudes of every wrapped layer, and all weights of modules that are trained whole, by their names
+    in a PEFT file."""
+    tensors = {
         f"{_PREFIX}{name}.{part}{suffix}": getattr(module, part)
         for name, module in model.named_modules()
         if isinstance(module, LoraLinear)
         for part, suffix in _PARTS.items()
         if getattr(module, part) is not None
     }
+    for name in _trained_whole(model):
+        own = model.get_submodule(name).named_parameters()
+        tensors |= {f"{_PREFIX}{name}.{parameter}": tensor for parameter, tensor in own}
+    return tensors
+
+
+def _trained_whole(model: PreTrainedModel) -> list[str]:
+    """The outermost modules without a frozen weight and without an adapter."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, LoraLinear):
+            continue
+        weights = list(module.parameters())
+        if weights and all(weight.requires_grad for weight in weights):
+            found.append(name)
+    return found
 
 
 def save_adapter(model: PreTrainedModel, spec: LoraSpec, base_id: str, folder: Path) -> None:

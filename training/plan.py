@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import auto
+from training.auto import unless_given as _or
 from training.examples import ExamplesError, load_examples
 from training.failure import Failure
+from training.labels import count_labels, problem_of, warnings_of, with_counts
 from training.model_shape import ModelShape, ShapeError
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
@@ -78,6 +80,7 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
     try:
         check_start(spec, storage)
         shape = ModelShape(folder)
+        _check_method(spec, shape)
         _check_request(spec, shape)
         renderer = Renderer.load(folder)
         encode_prompts(spec, storage, renderer, shape.max_context)
@@ -90,13 +93,18 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
     except RenderError as error:
         raise PlanError("invalid_base_model", f"The base's tokenizer cannot be used: {error}", "model") from error
     _check_has_template(spec, storage, renderer)
+    spec = _with_labels(spec, storage)
     with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
         train, validation = _load(spec, storage, Path(scratch))
         num_valid = 0 if validation is None else len(validation)
         _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
         counts = _count(train)
         longest = max(counts.max_tokens, _count(validation).max_tokens if validation is not None else 0)
-        warnings = _warnings_on_tokens(train, renderer, spec, storage)
+        if spec.classification is not None:
+            spec = with_counts(spec, train["label"])
+            warnings = warnings_of(spec)
+        else:
+            warnings = [] if spec.embedding is not None else _warnings_on_tokens(train, renderer, spec, storage)
     resolved = _resolve(spec, shape, counts)
     _check_batches(resolved)
     hyper = resolved.hyperparameters
@@ -140,9 +148,11 @@ def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int)
         num_trained = spec.adapter.rank * sum(sum(dims) for dims in adapted) + num_outputs
         weights = shape.num_parameters * width + num_trained * 4
     per_worker = ceil(hyper.batch_size / spec.num_workers)
-    tokens = ceil(per_worker / hyper.gradient_accumulation_steps) * max_example_tokens
+    sequences = ceil(per_worker / hyper.gradient_accumulation_steps)
+    tokens = sequences * max_example_tokens
     activations = tokens * (shape.num_layers * shape.hidden_size * 34 * width // 2 + num_outputs * width)
-    logits = tokens * shape.vocab_size * 4 * 3
+    writes = spec.method in ("supervised", "dpo")
+    logits = (tokens * shape.vocab_size if writes else sequences * len(spec.labels())) * 4 * 3
     return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
 
 
@@ -153,14 +163,24 @@ def _hyper(spec: TrainSpec) -> str:
     return f"method.{spec.method}.hyperparameters"
 
 
+def _check_method(spec: TrainSpec, shape: ModelShape) -> None:
+    able = shape.methods()
+    if spec.method not in able:
+        can = f"it can be fine-tuned by {' or '.join(able)}" if able else "no method can start from it"
+        message = f"The base {spec.base.id}, a {shape.architecture}, cannot learn by the method {spec.method}; {can}."
+        raise PlanError("invalid_base_model", message, "model")
+
+
 def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
     hyper = spec.hyperparameters
     given = hyper.learning_rate != AUTO and hyper.learning_rate_multiplier not in (AUTO, 1.0)
     if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
         message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.learning_rate_multiplier")
-    if hyper.max_length != AUTO and hyper.max_length > shape.max_context:
-        message = f"max_length {hyper.max_length} is more than the base's context of {shape.max_context} tokens."
+    if hyper.max_length != AUTO and hyper.max_length > shape.longest(spec.method):
+        message = (
+            f"max_length {hyper.max_length} is more than the base's context of {shape.longest(spec.method)} tokens."
+        )
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.max_length")
     if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
         message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
@@ -199,6 +219,11 @@ def _check_batches(spec: TrainSpec) -> None:
             f"that each worker gets of a batch of {hyper.batch_size}."
         )
         raise PlanError("invalid_value", message, f"{_hyper(spec)}.gradient_accumulation_steps")
+    if spec.method == "embedding" and per_worker < 2 * hyper.gradient_accumulation_steps:
+        message = (
+            "Examples need others in their micro-batch as negatives: use a larger batch_size or less accumulation."
+        )
+        raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
 
 
 # -- checks on the data ------------------------------------------------------------------------------------------------
@@ -234,6 +259,17 @@ def _check_num_examples(num_given: int, num_validation: int, spec: TrainSpec) ->
         raise PlanError("invalid_training_file", message, "training_file")
     if spec.validation_key is not None and num_validation == 0:
         raise PlanError("invalid_validation_file", "The validation file holds no examples.", "validation_file")
+
+
+def _with_labels(spec: TrainSpec, storage: Storage) -> TrainSpec:
+    """The spec of a classification with the labels of its training file."""
+    if spec.classification is None or spec.classification.labels != AUTO:
+        return spec
+    counts = count_labels(storage, spec.training_key)
+    if (problem := problem_of(counts)) is not None:
+        raise PlanError("invalid_training_file", f"The training file cannot be used: {problem}.", "training_file")
+    found = spec.classification.model_copy(update={"labels": tuple(counts)})
+    return spec.model_copy(update={"classification": found})
 
 
 def _count(examples: Dataset) -> _Counts:
@@ -279,8 +315,8 @@ def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:
 def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     """The spec with numbers in place of every auto."""
     hyper, lora = spec.hyperparameters, spec.adapter is not None
-    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples))
-    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers))
+    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples, spec.method))
+    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers, spec.method))
     multiplier = _or(hyper.learning_rate_multiplier, 1.0)
     rate = auto.learning_rate(shape.hidden_size, lora=lora, method=spec.method)
     mean_tokens = counts.num_tokens / counts.num_examples
@@ -291,7 +327,7 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
         "learning_rate_multiplier": multiplier,
         "learning_rate": _or(hyper.learning_rate, rate * multiplier),
         "gradient_accumulation_steps": _or(hyper.gradient_accumulation_steps, accumulation),
-        "max_length": _or(hyper.max_length, shape.max_context),
+        "max_length": _or(hyper.max_length, shape.longest(spec.method)),
     }
     hyper = hyper.model_copy(update=resolved)
     total = _total_steps(hyper, counts.num_examples)
@@ -300,23 +336,15 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
         rank = _or(adapter.rank, auto.lora_rank(shape.hidden_size))
         alpha = _or(adapter.alpha, auto.lora_alpha(rslora=adapter.rslora))
         adapter = adapter.model_copy(update={"rank": rank, "alpha": alpha})
-    dpo = spec.dpo
-    if dpo is not None:
-        beta, gamma = _or(dpo.beta, auto.beta(dpo.loss_type)), _or(dpo.gamma, auto.gamma(dpo.loss_type))
-        dpo = dpo.model_copy(update={"beta": beta, "gamma": gamma})
     changes = {
         "hyperparameters": hyper,
-        "dpo": dpo,
+        **auto.method_settings(spec),
         "adapter": adapter,
-        "precision": _or(spec.precision, auto.precision(shape.num_parameters)),
+        "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
         "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
         "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
     }
     return TrainSpec.model_validate(spec.model_copy(update=changes).model_dump())
-
-
-def _or(value: Any, resolved: Any) -> Any:
-    return resolved if value == AUTO else value
 
 
 def _total_steps(hyper: Hyperparameters, num_examples: int) -> int:

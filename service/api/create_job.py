@@ -86,6 +86,8 @@ def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -
         start=start.model,
         method=body.method_type,
         dpo=body.dpo_settings(),
+        classification=body.classification_settings(),
+        embedding=body.embedding_settings(),
         training_key=training.storage_key,
         validation_key=validation.storage_key if validation else None,
         validation_split=body.validation_split,

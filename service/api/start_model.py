@@ -12,9 +12,16 @@ from service.errors import InvalidRequest
 from service.jobs.states import JobState
 from service.platform import Platform
 from service.store import bases, jobs, models
-from service.store.tables import Model
+from service.store.tables import BaseModel, Model
 from training.spec import AUTO, BaseRef, LoraSpec, StartRef, TrainSpec
 
+MAX_PARAMETERS_OF_SMALL = 100_000_000
+# What a base must be able to do for a method, and what to say if it cannot.
+_NEEDED = {
+    "supervised": ("completions", "does not write text, as an encoder never does"),
+    "dpo": ("completions", "does not write text, as an encoder never does"),
+    "embedding": ("embed", "is no encoder"),
+}
 KEPT = ("rank", "alpha", "rslora", "dora", "targets")  # of an adapter that is trained on; its dropout may change
 
 
@@ -35,12 +42,44 @@ def find_start(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
     assert base.content_hash is not None
     ref = BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash)
     if target.kind == "base":
-        return Start(ref, None, body.adapter.to_spec())
+        _check_can_learn(base, body)
+        return Start(ref, None, _adapter(base, body))
     model = models.hold(tx, who.project_id, target.model_id)
     _check_lasts(tx, model)
+    before = TrainSpec.model_validate(model.spec)
+    _check_goes_on(before.method, body.method_type, model.id)
     asked = body.adapter if "adapter" in body.model_fields_set else None
-    adapter = _continued(TrainSpec.model_validate(model.spec).adapter, asked, model.id)
+    adapter = _continued(before.adapter, asked, model.id)
     return Start(ref, StartRef(model_id=model.id, key=model.storage_key, manifest_hash=model.manifest_hash), adapter)
+
+
+def _check_can_learn(base: BaseModel, body: CreateJob) -> None:
+    needed, problem = _NEEDED.get(body.method_type, (None, ""))
+    if needed is not None and needed not in base.capabilities:
+        message = (
+            f"Invalid value for 'model': '{body.model}' ({base.architecture}) {problem}, so it cannot learn by the "
+            f"method '{body.method_type}'."
+        )
+        raise InvalidRequest(message, param="model", code="invalid_base_model")
+
+
+def _adapter(base: BaseModel, body: CreateJob) -> LoraSpec | None:
+    """What the body says; where it does not, a small encoder trains all its weights, no slower and better."""
+    is_small = base.num_parameters is not None and base.num_parameters < MAX_PARAMETERS_OF_SMALL
+    if body.method_type in ("classification", "embedding") and "adapter" not in body.model_fields_set and is_small:
+        return None
+    return body.adapter.to_spec()
+
+
+def _check_goes_on(before: str, method: str, model_id: str) -> None:
+    """A label head knows the labels of its own job only, and an encoder's fine-tune does not write."""
+    writes = {"supervised", "dpo"}
+    if {before, method} <= writes or before == method == "embedding":
+        return
+    message = (
+        f"'{model_id}' learned by the method '{before}', and '{method}' cannot go on from there; start from its base."
+    )
+    raise InvalidRequest(message, param="model", code="invalid_base_model")
 
 
 def _check_lasts(tx: Session, model: Model) -> None:

@@ -9,6 +9,7 @@ from service.store.aliases import Current
 from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
 
 TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")  # the last one where it has one
+FOUND_IN_THE_DATA = ("labels", "label_counts")  # parts of a spec that nobody chooses
 
 Json = dict[str, Any]
 
@@ -19,7 +20,8 @@ def _seconds(at: float | None) -> int | None:
 
 def job_json(job: Job, organization: str) -> Json:
     """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there."""
-    chosen: Json = {**job.spec["hyperparameters"], **(job.spec.get(job.method) or {})}  # a method's own beside them
+    own = {name: value for name, value in (job.spec.get(job.method) or {}).items() if name not in FOUND_IN_THE_DATA}
+    chosen: Json = {**job.spec["hyperparameters"], **own}  # a method's own beside them
     succeeded = job.state == JobState.SUCCEEDED
     return {
         "id": job.id,

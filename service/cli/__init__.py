@@ -72,6 +72,10 @@ def train(
     data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Training file (JSONL).")],
     base_model: Annotated[str, typer.Option(help="Base, or earlier fine-tune, to start from.")],
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's id.")] = None,
+    method: Annotated[
+        Literal["supervised", "dpo", "classification", "embedding"],
+        typer.Option(help="How the model learns from the rows."),
+    ] = "supervised",
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")
     ] = None,
@@ -81,7 +85,6 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without a lower validation loss.")
     ] = None,
-    method: Annotated[Literal["supervised", "dpo"], typer.Option(help="What the rows teach.")] = "supervised",
     beta: Annotated[float | None, typer.Option(help="How far dpo may lead away.", show_default="auto")] = None,
     loss_type: Annotated[
         Literal["sigmoid", "ipo", "simpo", "orpo"] | None, typer.Option(help="Loss of dpo.", show_default="sigmoid")

@@ -125,7 +125,9 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
         console.print(f"Stopped watching; the job goes on. Stop it with: tunesmith jobs {job_id} --cancel")
         return 0
     if job.status == "succeeded":
-        console.print(f"[green]Succeeded.[/] Talk to it: tunesmith chat {escape(job.fine_tuned_model or '')}")
+        model = escape(job.fine_tuned_model or "")
+        talks = job.method is None or str(job.method.type) not in ("classification", "embedding")
+        console.print(f"[green]Succeeded.[/] {'Talk to it: tunesmith chat' if talks else 'Its model:'} {model}")
         return 0
     reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
     errors.print(f"The job is {job.status}{reason}", soft_wrap=True)

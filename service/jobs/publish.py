@@ -1,6 +1,6 @@
 """The one place where training meets serving: a finished artifact becomes a model row, and its job succeeds.
 
-Bytes first (verify every hash, write the result file), rows after: one transaction makes model, result file, events,
+Bytes first (verify every hash, write the result files), rows after: one transaction makes model, result files, events,
 the job's success and the run's end visible together. Doing it twice does nothing.
 """
 
@@ -64,22 +64,22 @@ def publish(db: Database, storage: Storage, run_id: str, epoch: int, key: str, m
     with db.read() as tx:
         job_id = runs.get(tx, run_id).job_id
         text = results.as_csv(tx, job_id)
-    result = results.write(storage, job_id, text)
+    made = results.write(storage, job_id, text, key, manifest)
     with db.write() as tx:
         run = runs.hold(tx, run_id, epoch)
         job = jobs.by_id(tx, run.job_id)
         if job.desired == Desired.CANCEL:  # asked for before the end: its owner wants no model
             endings.stopped(tx, run, step=manifest.step)
         else:
-            _succeed(tx, job, run, key, manifest, result)
+            _succeed(tx, job, run, key, manifest, made)
 
 
-def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, result: results.ResultFile) -> None:
+def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, made: list[results.ResultFile]) -> None:
     if not runs.end(tx, run.id, "succeeded"):
         return
     assert job.plan is not None, "a job without a plan was run"
     model = add_model(tx, job, job.plan["model_id"], key, manifest)
-    file = results.add_row(tx, job, result)
+    result_files = [results.add_row(tx, job, result) for result in made]
     job = jobs.move(
         tx,
         job.id,
@@ -87,7 +87,7 @@ def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, resu
         expect=endings.LIVE,
         fine_tuned_model=model.id,
         trained_tokens=metrics.trained_tokens(tx, job.id),
-        result_file_ids=[file.id],
+        result_file_ids=[file.id for file in result_files],
         estimated_finish_at=None,
         stop_requested_at=None,
     )

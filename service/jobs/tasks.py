@@ -24,7 +24,7 @@ from service.settings import Settings
 from service.store import bases, events, files, jobs, tasks
 from service.store.database import Database
 from service.store.jobs import StateConflict
-from service.store.tables import Task
+from service.store.tables import BaseModel, Task
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -68,7 +68,7 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     numbers = {
         **made.model_dump(mode="json", exclude={"spec"}),
         "model_id": new_model_id(job.base_id, bench.settings.organization, job.suffix),
-        "capabilities": [] if base is None else list(base.capabilities),
+        "capabilities": _capabilities(made.spec, base),
     }
     with _moving(bench.db) as tx:
         expect, resolved = {JobState.VALIDATING_FILES}, made.spec.model_dump(mode="json")
@@ -76,6 +76,13 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
         for number, warning in enumerate(made.warnings):
             events.add(tx, moved, warning, level="warn", dedup_key=f"{job.id}:plan-{number}")
         events.add(tx, moved, "Files validated, moving job to queued state", dedup_key=f"{job.id}:queued")
+
+
+def _capabilities(spec: TrainSpec, base: BaseModel | None) -> list[str]:
+    """What the model will do: a classifier names labels, any other model does what its base does."""
+    if spec.method == "classification":
+        return ["classify"]
+    return [] if base is None else list(base.capabilities)
 
 
 def warm_up() -> None:

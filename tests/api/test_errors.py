@@ -39,8 +39,8 @@ def error_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
 def test_an_unknown_route_is_a_404(client: OpenAI, http: httpx2.Client) -> None:
     assert error_of(http.get("/v1/nothing/here"), 404)["code"] == "unknown_url"
     assert "base_url" in error_of(http.get("/models"), 404)["message"]
-    with pytest.raises(openai.NotFoundError, match=r"POST /v1/embeddings\. This service does not have it"):
-        client.embeddings.create(model=BASE, input="x")
+    with pytest.raises(openai.NotFoundError, match=r"POST /v1/images/generations\. This service does not have it"):
+        client.images.generate(model=BASE, prompt="x")
     with pytest.raises(openai.NotFoundError) as caught:
         client.post("/fine_tuning/none", cast_to=object)
     assert caught.value.code == "unknown_url"

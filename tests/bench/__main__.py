@@ -9,7 +9,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("story", "training")
+BENCHMARKS = ("classification", "story", "training")
 
 
 def main() -> None:

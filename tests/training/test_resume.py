@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.training.labelled import BERT, make_encoder, make_labelled_spec
 from tests.training.runs import Recorder, make_base, make_dpo_spec, make_spec, write_rows
 from training.loop import run
 from training.progress import ArtifactWritten, CheckpointSaved, EvalMetrics, StepMetrics, Wish
@@ -69,6 +70,22 @@ def test_a_run_from_an_earlier_one_resumes_with_the_reference_of_its_own_start(t
     check_ten_are_five_and_five(storage, spec, tmp_path)
     assert run(spec, storage, "runs/again", again := Recorder(), tmp_path).status == "finished"
     assert again.of(StepMetrics)[0].train_loss == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": True, "dropout": 0.3, "gradient_accumulation_steps": 2},
+        {"precision": "bf16", "settings": {"class_weights": "balanced", "label_smoothing": 0.1}},
+        {},
+    ],
+    ids=["lora-dropout-accumulation", "full-bf16-weighted", "full-fp32"],
+)
+def test_classifiers_resume_with_the_head_they_had(tmp_path: Path, changes: dict[str, Any]) -> None:
+    storage = Storage(str(tmp_path / "storage"))
+    base = make_encoder(storage, {**BERT, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
+    fields = {"n_epochs": 5, "batch_size": 6, "validation_key": "files/labelled", **changes}
+    check_ten_are_five_and_five(storage, make_labelled_spec(storage, base, **fields), tmp_path)
 
 
 def check_ten_are_five_and_five(storage: Storage, spec: TrainSpec, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.training.labelled import make_encoder, make_labelled_spec
 from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
 from training.artifact import read_manifest
 from training.spec import EarlyStopping, LoraSpec, StartRef, TrainSpec
@@ -86,6 +87,19 @@ def test_two_workers_share_pairs_the_reference_of_the_start_and_wait_for_samples
         assert ours.pop("kind") == theirs.pop("kind")
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert b'"kind":"sample"' in storage.read_bytes("runs/two/progress.jsonl")
+
+
+def test_two_workers_share_texts_and_report_on_all_of_them(storage: Storage) -> None:
+    base = make_encoder(storage)
+    fields = {"n_epochs": 2, "batch_size": 5, "validation_key": "files/labelled", "learning_rate": 1e-3}
+    alone = train(storage, make_labelled_spec(storage, base, **fields), "runs/alone")
+    shared = train(storage, make_labelled_spec(storage, base, num_workers=2, **fields), "runs/two")
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    reports = [json.loads(storage.read_bytes(f"runs/{run}/artifact/evaluation.json")) for run in ("two", "alone")]
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    assert reports[0]["temperature"] == pytest.approx(reports[1]["temperature"], rel=1e-3)
 
 
 def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:

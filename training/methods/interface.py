@@ -20,8 +20,9 @@ class LossSums(NamedTuple):
 
     loss: torch.Tensor  # to differentiate
     num_correct: torch.Tensor  # right ones among what is counted
-    num_counted: int  # trained tokens, or pairs of answers
+    num_counted: int  # trained tokens, pairs of answers, or texts
     others: torch.Tensor | None = None  # [len(MEANS)], in their order
+    logits: torch.Tensor | None = None  # [examples, labels] where a report is made of them
 
 
 LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
