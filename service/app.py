@@ -24,6 +24,7 @@ from service.api import (
     health,
     keys,
     models,
+    validate_job,
 )
 from service.api.errors import install_error_handlers
 from service.api.middleware import install_middleware
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ray import serve
 
 ROUTERS = (
-    *(files, fine_tuning, models, bases, aliases, keys, health),
+    *(files, fine_tuning, validate_job, models, bases, aliases, keys, health),
     *(chat, completions, classify, decisions, embeddings),
 )
 

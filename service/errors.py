@@ -88,3 +88,9 @@ class Unavailable(ServiceError):
     """A part is starting or was lost; a retry will find it back."""
 
     status, type, code = 503, "server_error", "service_unavailable"
+
+
+class TooSlow(ServiceError):
+    """What was asked takes longer than a request may wait; asking again would take as long."""
+
+    status, type, code = 504, "server_error", "timeout"

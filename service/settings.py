@@ -69,6 +69,7 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1, description="Runs that a job gets before a crash makes it fail")
     heartbeat_timeout_s: float = Field(20.0, gt=0, description="Silence after which a run counts as dead")
     stop_grace_s: float = Field(60.0, gt=0, description="Seconds a run gets to checkpoint and stop before it is killed")
+    validate_timeout_s: float = Field(50.0, gt=0, description="Seconds a request waits for the plan of a job")
     tick_s: float = Field(0.25, gt=0, description="Pause between two rounds of the orchestrator")
     retry_window_s: float = Field(3600.0, gt=0, description="How long a retried create finds the first one's job")
 

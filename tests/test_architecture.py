@@ -21,8 +21,9 @@ BRIDGES = {
     "service.jobs.run_actor": {"training.ray_run"},
     "service.jobs.launchers": {"training.loop"},
     "service.jobs.tasks": {"training.plan", "training.bases"},
+    "service.jobs.preview": {"training.plan", "training.estimate", "training.probe", "training.model_shape"},
 }
-TORCH_FREE_TRAINING = CONTRACT | {"training.render", "training.plan", "training.bases"}
+TORCH_FREE_TRAINING = CONTRACT | {"training.render", "training.plan", "training.estimate", "training.bases"}
 MAX_LINES = 350
 
 

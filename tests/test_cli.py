@@ -268,3 +268,15 @@ def test_without_any_key_the_command_says_where_it_looked(tunesmith: Tunesmith, 
 
 def test_a_wrong_path_in_the_url_is_explained(tunesmith: Tunesmith, service: tuple[str, str]) -> None:
     assert "/v1" in tunesmith("models", "--url", service[0].removesuffix("/v1"), expect=1).output
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(
+    tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
+) -> None:
+    before = [job.id for job in client.fine_tuning.jobs.list()], [file.id for file in client.files.list()]
+    shown = tunesmith("train", str(data), "--base-model", base, "--rank", "4", "--epochs", "7", "--dry-run").output
+    for words in ("12 to train", "(7 × ", "LoRA of rank 4", "MB for each of 1 worker", "served here", "Nothing was"):
+        assert words in shown
+    assert ([job.id for job in client.fine_tuning.jobs.list()], [file.id for file in client.files.list()]) == before
+    shown = tunesmith("train", str(data), "--base-model", base, "--rank", "512", "--dry-run", expect=1).output
+    assert "LoRA rank 512 is more than the model's width" in shown.replace("\n", " ")

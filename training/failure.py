@@ -21,14 +21,13 @@ def out_of_memory() -> Failure:
     )
 
 
-def not_finite(step: int, loss: float, norm: float, rate: float, kept: int | None) -> Failure:
-    """The failure of a run whose next step would damage the weights; `kept` is its last checkpoint's step."""
+def not_finite(step: int, what: str, kept: list[int]) -> Failure:
+    """The failure of a run whose numbers have become infinite or none at all; `kept` are its checkpoints."""
+    where = f"The checkpoint of step {kept[-1]} is kept. " if kept else ""
     return Failure(
         "loss_not_finite",
-        f"Training stopped at step {step}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}. "
-        "The step was not applied"
-        + (f", and the checkpoint of step {kept} is kept. " if kept is not None else ". ")
-        + "Use a lower learning_rate or a longer warm-up, and check the training file for unusual rows.",
+        f"Training stopped at step {step}: {what}. {where}Use a lower learning_rate or a longer warm-up, and check the "
+        "files for unusual rows.",
         "hyperparameters.learning_rate",
     )
 

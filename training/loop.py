@@ -230,7 +230,8 @@ class _Run:
         rate = learning_rate(hyper, self.step, self.batches.total_steps)
         count, num_tokens = max(totals[COUNT], 1.0), totals[TOKENS]
         self.train_loss, self.train_accuracy, norm = totals[LOSS] / count, totals[CORRECT] / count, norm_sum / count
-        self._check_finite(self.train_loss, norm, rate)
+        what = f"loss {self.train_loss}, gradient norm {norm}, learning rate {rate:.3g}; the step was not applied"
+        self._check_finite(self.train_loss + norm, what)
         self.trainer.step(rate, min(1.0, hyper.max_grad_norm / (norm + 1e-6)) / count)
         self.num_trained_tokens += round(num_tokens)
         self.reporter.say(
@@ -247,13 +248,10 @@ class _Run:
             means={name: x / count for name, x in zip(self.method.MEANS, totals[NUM_SUMS:], strict=True)},
         )
 
-    def _check_finite(self, loss: float, norm: float, rate: float) -> None:
-        """Stop before the weights are damaged."""
-        total = loss + norm
-        if total - total == 0:  # false for infinities and for what is not a number
-            return
-        kept = self.checkpoints.committed()
-        raise not_finite(self.step, loss, norm, rate, kept[-1] if kept else None)
+    def _check_finite(self, total: float, what: str) -> None:
+        """Stop before weights, or a checkpoint of weights that are useless already, do damage."""
+        if total - total != 0:  # true for infinities and for what is not a number
+            raise not_finite(self.step, what, self.checkpoints.committed())
 
     def _seed(self) -> None:
         """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
@@ -282,6 +280,7 @@ class _Run:
         result = evaluate(
             self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, means, labels
         )
+        self._check_finite(result.loss, f"the validation loss is {result.loss}")
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(

@@ -31,6 +31,8 @@ _BYTES = {
 }
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+_MLP_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
+_HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads")
 _UNLIMITED = 10**9  # tokenizers write 10**30 for "no limit"
 
 # Encoders that read a text from both sides, by model type. A test proves each, as it does the types of the next list.
@@ -100,6 +102,19 @@ class ModelShape:
     def num_layers(self) -> int:
         """Transformer blocks."""
         return self._number("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the feed-forward layers; four times the model's where the configuration does not say."""
+        named = next((self.config[key] for key in _MLP_KEYS if isinstance(self.config.get(key), int)), None)
+        return 4 * self.hidden_size if named is None else int(named)
+
+    @property
+    def kv_size(self) -> int:
+        """Width of a layer's keys: of its key/value heads together."""
+        heads = next((self.config[key] for key in _HEAD_KEYS if isinstance(self.config.get(key), int)), 1)
+        kv_heads, head_dim = self.config.get("num_key_value_heads"), self.config.get("head_dim")
+        return int(kv_heads or heads) * int(head_dim or self.hidden_size // heads)
 
     @property
     def vocab_size(self) -> int:
@@ -194,6 +209,13 @@ class ModelShape:
             if isinstance(self.config.get(key), int):
                 return int(self.config[key])
         raise ShapeError(f"config.json lacks {keys[0]}")
+
+
+def is_known(architecture: str) -> bool:
+    """Whether the installed transformers has this class; asked by name, so nothing of torch is imported."""
+    import transformers
+
+    return architecture in dir(transformers)
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:

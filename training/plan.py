@@ -1,22 +1,26 @@
 """Planning: resolve "auto", count tokens, estimate memory; refuse what cannot work, before any accelerator is taken.
 
 Reads the base's configuration and safetensors headers, and renders every record once. No torch. The rules of "auto"
-are in `training.auto`, the examples come from `training.examples`, which the loop uses as well.
+are in `training.auto`, the estimates in `training.estimate`; the examples come from `training.examples`, which the
+loop uses as well.
 """
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training import auto
+import numpy as np
+
+from training import auto, estimate
 from training.auto import unless_given as _or
 from training.examples import ExamplesError, load_examples
 from training.failure import Failure
 from training.labels import count_labels, problem_of, warnings_of, with_counts
-from training.model_shape import ModelShape, ShapeError
+from training.model_shape import ModelShape, ShapeError, is_known
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.sample_prompts import PromptError, encode_prompts
@@ -59,19 +63,33 @@ class Plan(Contract):
     num_validation_examples: int
     num_tokens: int  # of one epoch; both sides of a preference count
     num_trained_tokens: int  # of one epoch: tokens with a loss
+    num_validation_tokens: int
     max_example_tokens: int
     total_steps: int  # optimizer steps: n_epochs * ceil(num_examples / batch_size)
-    peak_memory_bytes: int  # per worker, see `estimate_memory`
+    peak_memory_bytes: int  # per worker, see `estimate.peak_memory`
+    checkpoint_bytes: int  # of one
+    artifact_bytes: int
     warnings: list[str]
 
 
-class _Counts(Contract):
-    """Token counts of a set of examples."""
+@dataclass(frozen=True)
+class _Counts:
+    """Tokens of each example of a set, and of them those with a loss."""
 
-    num_examples: int
-    num_tokens: int
-    num_trained_tokens: int
-    max_tokens: int
+    tokens: estimate.Counts
+    trained: estimate.Counts
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.sum())
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self.tokens.max(initial=0))
 
 
 def plan(spec: TrainSpec, storage: Storage) -> Plan:
@@ -98,8 +116,7 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         train, validation = _load(spec, storage, Path(scratch))
         num_valid = 0 if validation is None else len(validation)
         _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
-        counts = _count(train)
-        longest = max(counts.max_tokens, _count(validation).max_tokens if validation is not None else 0)
+        counts, validated = _count(train), _count(validation)
         if spec.classification is not None:
             spec = with_counts(spec, train["label"])
             warnings = warnings_of(spec)
@@ -116,44 +133,15 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         num_examples=counts.num_examples,
         num_validation_examples=num_valid,
         num_tokens=counts.num_tokens,
-        num_trained_tokens=counts.num_trained_tokens,
-        max_example_tokens=longest,
+        num_trained_tokens=int(counts.trained.sum()),
+        num_validation_tokens=validated.num_tokens,
+        max_example_tokens=max(counts.max_tokens, validated.max_tokens),
         total_steps=_total_steps(hyper, counts.num_examples),
-        peak_memory_bytes=estimate_memory(resolved, shape, longest),
+        peak_memory_bytes=estimate.peak_memory(resolved, shape, counts.tokens, counts.trained),
+        checkpoint_bytes=estimate.checkpoint_bytes(resolved, shape),
+        artifact_bytes=estimate.artifact_bytes(resolved, shape),
         warnings=warnings,
     )
-
-
-def estimate_memory(spec: TrainSpec, shape: ModelShape, max_example_tokens: int) -> int:
-    """Peak bytes of one worker's tensors: weights + gradients + Adam + activations + logits. An upper guess.
-
-    Weights: the base in the run's precision (LoRA), or fp32 masters and, in bf16, their bf16 copies (full). Each
-    trained number costs 4 bytes of gradient and 8 of Adam's moments, and 4 more as DDP's bucket with several workers.
-    Activations: 34 values per token, layer and unit of width, without the attention matrix (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models"), and with DoRA each adapted layer's output once
-    more; logits: three times vocabulary per token in fp32.
-    A micro-batch is taken at its longest: examples per micro-batch times the longest example.
-    """
-    hyper = spec.hyperparameters
-    assert not spec.unresolved(), "memory is estimated for a resolved spec"
-    assert hyper.batch_size != AUTO and hyper.gradient_accumulation_steps != AUTO
-    width = 4 if spec.precision == "fp32" else 2
-    if spec.adapter is None:
-        num_trained, weights = shape.num_parameters, shape.num_parameters * (4 if width == 4 else 6)
-        num_outputs = 0
-    else:
-        assert spec.adapter.rank != AUTO
-        adapted = shape.adapted(spec.adapter.targets).values()
-        num_outputs = sum(max(dims) for dims in adapted) if spec.adapter.dora else 0
-        num_trained = spec.adapter.rank * sum(sum(dims) for dims in adapted) + num_outputs
-        weights = shape.num_parameters * width + num_trained * 4
-    per_worker = ceil(hyper.batch_size / spec.num_workers)
-    sequences = ceil(per_worker / hyper.gradient_accumulation_steps)
-    tokens = sequences * max_example_tokens
-    activations = tokens * (shape.num_layers * shape.hidden_size * 34 * width // 2 + num_outputs * width)
-    writes = spec.method in ("supervised", "dpo")
-    logits = (tokens * shape.vocab_size if writes else sequences * len(spec.labels())) * 4 * 3
-    return weights + num_trained * (16 if spec.num_workers > 1 else 12) + activations + logits
 
 
 # -- checks that need no data ------------------------------------------------------------------------------------------
@@ -173,6 +161,9 @@ def _check_method(spec: TrainSpec, shape: ModelShape) -> None:
 
 def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
     hyper = spec.hyperparameters
+    if not is_known(shape.architecture):
+        message = f"The base is a {shape.architecture}, which the installed transformers does not know."
+        raise PlanError("invalid_base_model", message, "model")
     given = hyper.learning_rate != AUTO and hyper.learning_rate_multiplier not in (AUTO, 1.0)
     if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
         message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
@@ -272,17 +263,15 @@ def _with_labels(spec: TrainSpec, storage: Storage) -> TrainSpec:
     return spec.model_copy(update={"classification": found})
 
 
-def _count(examples: Dataset) -> _Counts:
+def _count(examples: Dataset | None) -> _Counts:
     import pyarrow.compute as pc
 
+    if not examples:
+        return _Counts(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     table = examples.with_format("arrow")[:]
-    lengths = pc.list_value_length(table["input_ids"])
-    return _Counts(
-        num_examples=len(examples),
-        num_tokens=pc.sum(lengths).as_py() or 0,
-        num_trained_tokens=pc.sum(pc.cast(pc.list_flatten(table["trained"]), "int64")).as_py() or 0,
-        max_tokens=pc.max(lengths).as_py() or 0,
-    )
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+    trained = pc.cast(pc.list_flatten(table["trained"]), "int64").to_numpy()
+    return _Counts(lengths, np.add.reduceat(trained, np.cumsum(lengths) - lengths))  # no example is empty
 
 
 def _warnings_on_tokens(examples: Dataset, renderer: Renderer, spec: TrainSpec, storage: Storage) -> list[str]:

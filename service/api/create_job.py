@@ -42,7 +42,7 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
     first = _first_of_retries(tx, request_hash, platform.settings.retry_window_s, attempt)
     if first is not None:
         return first
-    spec = _build_spec(tx, platform, who, body)
+    spec = build_spec(tx, platform, who, body)
     job = jobs.create(
         tx,
         project_id=who.project_id,
@@ -73,7 +73,8 @@ def _first_of_retries(tx: Session, request_hash: str, window_s: float, attempt: 
     return found if overtaken else None
 
 
-def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> TrainSpec:
+def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> TrainSpec:
+    """What the body asks for, checked as far as no file has to be read."""
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
     start = find_start(tx, platform, who, body)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service.api.validation import explain
-from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError, TooLarge, Unavailable
+from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError, TooLarge, TooSlow, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def error_response(error: Exception, headers: dict[str, str] | None = None) -> J
         # Clients read the exact milliseconds first; the plain header takes whole seconds only.
         headers["retry-after"] = str(max(1, math.ceil(known.retry_after_s)))
         headers["retry-after-ms"] = str(round(known.retry_after_s * 1000))
+    if isinstance(known, TooSlow):
+        headers["x-should-retry"] = "false"  # or the openai client would do it twice more
     return JSONResponse(known.body(), status_code=known.status, headers=headers)
 
 

@@ -10,6 +10,7 @@ from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
 
 TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")  # the last one where it has one
 FOUND_IN_THE_DATA = ("labels", "label_counts")  # parts of a spec that nobody chooses
+RESOLVED_FIELDS = ("precision", "validation_split", "early_stopping", "eval_interval", "checkpoint_interval")
 
 Json = dict[str, Any]
 
@@ -57,6 +58,38 @@ def job_json(job: Job, organization: str) -> Json:
         "desired": job.desired,
         "state_version": job.state_version,
         "started_at": _seconds(job.started_at),
+    }
+
+
+def plan_json(plan: Json, seed: int | None) -> Json:
+    """What a job would be. Without a seed of its own every create draws another one."""
+    spec, method = plan["spec"], plan["spec"]["method"]
+    hyperparameters = {**spec["hyperparameters"], **(spec.get(method) or {})}
+    n_epochs = spec["hyperparameters"]["n_epochs"]
+    return {
+        "object": "fine_tuning.job.plan",
+        "model": spec["base"]["id"],
+        "num_examples": plan["num_examples"],
+        "num_validation_examples": plan["num_validation_examples"],
+        "num_tokens_per_epoch": plan["num_tokens"],
+        "num_trained_tokens_per_epoch": plan["num_trained_tokens"],
+        "num_tokens": plan["num_tokens"] * n_epochs,
+        "num_trained_tokens": plan["num_trained_tokens"] * n_epochs,
+        "max_example_tokens": plan["max_example_tokens"],
+        "total_steps": plan["total_steps"],
+        "num_workers": spec["num_workers"],
+        "peak_memory_bytes": plan["peak_memory_bytes"],
+        "duration_s": plan["duration_s"],
+        "time_basis": plan["time_basis"],
+        "disk": plan["disk"],
+        "serving": plan["serving"],
+        "warnings": plan["warnings"],
+        "resolved": {
+            "method": {"type": method, method: {"hyperparameters": hyperparameters}},
+            "adapter": _adapter_json(spec["adapter"]),
+            "seed": seed,
+            **{name: spec[name] for name in RESOLVED_FIELDS},
+        },
     }
 
 

@@ -100,10 +100,12 @@ def train(
     dora: Annotated[bool, typer.Option("--dora", help="LoRA with a trained length for each row of weights.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job until it is over.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and create nothing.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
     """Upload a data set and create a fine-tuning job."""
+    from service.cli import dry_run as dry_running
     from service.cli import jobs
     from service.cli.client import connected
 
@@ -120,6 +122,9 @@ def train(
         base_model, method, hyperparameters, suffix, full, adapter, workers, validation_split, patience, sample
     )
     with connected(url, key) as client:
+        if dry_run:
+            dry_running.show_plan(client, data, validation_file, wishes)
+            return
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))
 
 

@@ -68,6 +68,7 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     numbers = {
         **made.model_dump(mode="json", exclude={"spec"}),
         "model_id": new_model_id(job.base_id, bench.settings.organization, job.suffix),
+        "num_gpus_per_worker": bench.settings.train_num_gpus,
         "capabilities": _capabilities(made.spec, base),
     }
     with _moving(bench.db) as tx:
@@ -83,6 +84,13 @@ def _capabilities(spec: TrainSpec, base: BaseModel | None) -> list[str]:
     if spec.method == "classification":
         return ["classify"]
     return [] if base is None else list(base.capabilities)
+
+
+def preview_job(bench: Workbench, payload: dict[str, Any]) -> dict[str, Any]:
+    """Plan what nobody has asked to run yet, for a request that waits for the answer."""
+    from service.jobs.preview import preview
+
+    return preview(bench.settings, bench.db, bench.storage, TrainSpec.model_validate(payload["spec"]))
 
 
 def warm_up() -> None:
@@ -128,11 +136,15 @@ def clean_files(bench: Workbench, payload: dict[str, Any]) -> None:
     cleanup.sweep_incoming(bench.storage, STALE_AFTER_S)
     cleanup.sweep_orphans(bench.db, bench.storage, STALE_AFTER_S)
     cleanup.expire_files(bench.db)
+    with bench.db.write() as tx:
+        tasks.drop_old(tx, "preview_job", STALE_AFTER_S)
 
 
-HANDLERS: dict[str, Callable[[Workbench, dict[str, Any]], None]] = {
+# What a handler returns is the answer to whoever waits for the task.
+HANDLERS: dict[str, Callable[[Workbench, dict[str, Any]], dict[str, Any] | None]] = {
     "validate_file": validate_file,
     "plan_job": plan_job,
+    "preview_job": preview_job,
     "import_base": import_base,
     "delete_folder": delete_folder,
     "clean_files": clean_files,
@@ -143,14 +155,14 @@ def execute(bench: Workbench, task: Task) -> None:
     """Do a claimed task and store how it went. Never raises: a failure is retried later, or given up."""
     try:
         with _lease(bench.db, task.id):
-            HANDLERS[task.kind](bench, task.payload)
+            answer = HANDLERS[task.kind](bench, task.payload)
     except Exception as error:  # process edge: the task is kept and runs again
         log.exception("task %s (%s) failed", task.id, task.kind)
         with bench.db.write() as tx:
             retry_or_give_up(tx, task, last_line(error))
     else:
         with bench.db.write() as tx:
-            tasks.finish(tx, task.id)
+            tasks.finish(tx, task.id, answer)
 
 
 def retry_or_give_up(tx: Session, task: Task, reason: str) -> None:
@@ -179,12 +191,13 @@ def _base_failed(tx: Session, payload: dict[str, Any], reason: str) -> None:
 
 
 def _nothing(tx: Session, payload: dict[str, Any], reason: str) -> None:
-    """Bytes that could not be deleted harm nobody; the log has said it."""
+    """Bytes that could not be deleted harm nobody, and who waits for a preview reads the row; the log has said it."""
 
 
 _GIVE_UP: dict[str, Callable[[Session, dict[str, Any], str], None]] = {
     "validate_file": _file_failed,
     "plan_job": _plan_failed,
+    "preview_job": _nothing,
     "import_base": _base_failed,
     "delete_folder": _nothing,
     "clean_files": _nothing,

@@ -83,6 +83,12 @@ def in_state(tx: Session, *states: JobState) -> list[Job]:
     return list(tx.scalars(select(Job).where(Job.state.in_(states)).order_by(Job.priority.desc(), Job.seq)))
 
 
+def newest_succeeded(tx: Session, base_id: str, method: str, limit: int) -> list[Job]:
+    """The last finished jobs of any project that trained this base by this method."""
+    where = (Job.base_id == base_id, Job.method == method, Job.state == JobState.SUCCEEDED)
+    return list(tx.scalars(select(Job).where(*where).order_by(Job.seq.desc()).limit(limit)))
+
+
 def count_by_state(tx: Session) -> dict[str, int]:
     """Number of jobs per state, states without jobs left out."""
     rows = tx.execute(select(Job.state, func.count()).group_by(Job.state))

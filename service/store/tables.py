@@ -277,6 +277,7 @@ class Task(Listable, Base):
     not_before: Mapped[float]
     lease_until: Mapped[float | None]
     error: Mapped[str | None]
+    answer: Mapped[dict[str, Any] | None]  # of a task that somebody waits for, once done
 
 
 class Outbox(Base):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from service.store.database import new_id, now
@@ -45,10 +45,10 @@ def extend(tx: Session, task_id: str, lease_s: float) -> None:
     get(tx, task_id).lease_until = now() + lease_s
 
 
-def finish(tx: Session, task_id: str) -> None:
-    """The task is done."""
+def finish(tx: Session, task_id: str, answer: dict[str, Any] | None = None) -> None:
+    """The task is done; `answer` is for whoever waits for it."""
     task = get(tx, task_id)
-    task.state, task.lease_until, task.error = "done", None, None
+    task.state, task.lease_until, task.error, task.answer = "done", None, None, answer
 
 
 def retry(tx: Session, task_id: str, error: str, delay_s: float, max_attempts: int) -> bool:
@@ -60,9 +60,21 @@ def retry(tx: Session, task_id: str, error: str, delay_s: float, max_attempts: i
     return task.state == "queued"
 
 
-def num_open(tx: Session) -> int:
-    """Tasks that are queued or being worked on."""
-    return tx.scalar(select(func.count()).select_from(Task).where(Task.state.in_(("queued", "leased")))) or 0
+def num_open(tx: Session, kind: str | None = None) -> int:
+    """Tasks, of one kind or of all, that are queued or being worked on."""
+    where = [Task.state.in_(("queued", "leased")), *([] if kind is None else [Task.kind == kind])]
+    return tx.scalar(select(func.count()).select_from(Task).where(*where)) or 0
+
+
+def drop(tx: Session, task_id: str) -> None:
+    """Forget a task whose answer was taken, or which nobody waits for any more; one being worked on stays."""
+    tx.execute(delete(Task).where(Task.id == task_id, Task.state != "leased"))
+
+
+def drop_old(tx: Session, kind: str, age_s: float) -> None:
+    """Forget tasks of a kind that ended, and whose answers nobody took."""
+    ended = Task.state.in_(("done", "failed"))
+    tx.execute(delete(Task).where(Task.kind == kind, ended, Task.created_at < now() - age_s))
 
 
 def has_open(tx: Session, kind: str, payload: dict[str, Any]) -> bool:

@@ -119,6 +119,20 @@ def test_a_job_that_cannot_work_fails_before_it_is_queued(world: World) -> None:
     assert job.started_at is None
 
 
+@pytest.mark.parametrize("eval_interval", [1, 100], ids=["seen-by-validation", "seen-by-training"])
+def test_a_rate_that_diverges_fails_the_job_at_once_and_leaves_the_service_alive(
+    world: World, eval_interval: int
+) -> None:
+    base = add_base(world, str(MODELS / "stories260K"))
+    hyper = Hyperparameters(n_epochs=2, batch_size=4, learning_rate=1e30, warmup_ratio=0.0)
+    spec = spec_on(base, hyperparameters=hyper, eval_interval=eval_interval, checkpoint_interval=100)
+    job = world.tick_to(world.create(world.upload(GOOD_LINES), spec), JobState.FAILED)
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("loss_not_finite", "hyperparameters.learning_rate")
+    assert world.run(job).attempt == 1, "nothing that another attempt would mend"
+    world.tick_to(world.create(world.upload(GOOD_LINES), spec_on(base)), JobState.SUCCEEDED)
+
+
 def test_a_base_that_cannot_be_used_says_why(world: World, tmp_path: Path) -> None:
     base = add_base(world, str(tmp_path / "nothing-here"))
     assert base.status == "error"

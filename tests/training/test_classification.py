@@ -130,7 +130,7 @@ def test_weights_and_smoothing_are_those_of_torch_over_the_number_of_texts(stora
     settings = {"class_weights": "balanced", "label_smoothing": 0.1, "label_counts": (4, 3, 3)}
     spec = make_labelled_spec(storage, make_encoder(storage), settings=settings, training_key=rows)
     examples, _ = load_examples(spec, storage)
-    model = build_model(spec, Path(storage.path(BASE_KEY)), torch.float32, CPU).eval()
+    model = build_model(spec, Path(storage.path(BASE_KEY)), None, torch.float32, CPU).eval()
     found = loss_sums(spec, model, collate(examples[list(range(10))]))
     assert found.logits is not None
     weight = torch.tensor([10 / (3 * 4), 10 / (3 * 3), 10 / (3 * 3)])

@@ -140,6 +140,35 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(storage: Storage, tmp_p
     assert not kept.of(StepMetrics)
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_rate_that_diverges_ends_with_the_last_good_checkpoint(storage: Storage, tmp_path: Path, lora: bool) -> None:
+    """The first step at full rate is finite and applied; what the next one reads is not."""
+    spec = make_spec(storage, make_base(storage), lora, learning_rate=1e30, warmup_ratio=0.0, checkpoint_interval=1)
+    channel = Recorder()
+    outcome = run(spec, storage, "runs/one", channel, tmp_path)
+    assert (outcome.status, outcome.code) == ("failed", "loss_not_finite")
+    (failed,) = channel.of(Failed)
+    assert failed.param == "hyperparameters.learning_rate"
+    assert f"the step was not applied. The checkpoint of step {outcome.step - 1} is kept" in failed.message
+    assert [item.step for item in channel.of(CheckpointSaved)] == [item.step for item in channel.of(StepMetrics)]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_and_makes_no_checkpoint(
+    storage: Storage, tmp_path: Path
+) -> None:
+    """Evaluated right after the step that broke the weights: they may not become the best checkpoint."""
+    fields = {"eval_interval": 1, "checkpoint_interval": 1, "validation_key": write_rows(storage, "files/valid", 4)}
+    spec = make_spec(storage, make_base(storage), learning_rate=1e30, warmup_ratio=0.0, **fields)
+    channel = Recorder()
+    outcome = run(spec, storage, "runs/one", channel, tmp_path)
+    assert (outcome.code, outcome.step) == ("loss_not_finite", 1)
+    (failed,) = channel.of(Failed)
+    assert "the validation loss is nan" in failed.message
+    assert not channel.of(EvalMetrics)
+    assert not channel.of(CheckpointSaved)
+    assert storage.list_names("runs/one/checkpoints") == []
+
+
 def test_a_lora_target_that_does_not_exist_is_a_failure_that_names_the_layers(storage: Storage, tmp_path: Path) -> None:
     adapter = LoraSpec(rank=2, alpha=4.0, targets=("q_projection",))
     outcome = run(make_spec(storage, make_base(storage), adapter=adapter), storage, "runs/one", Recorder(), tmp_path)

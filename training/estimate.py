@@ -1,0 +1,143 @@
+"""What a run will need: memory of its largest micro-batch, disk, and time. Arithmetic on counts; no torch.
+
+The constants of the memory model stand together below. `python -m tests.bench plan` trains a set of cases, compares
+what they took with what is said here, and prints the ratio of each: fit the constants again when it drifts.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from training.model_shape import ModelShape
+from training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from training.plan import Plan
+
+Counts = npt.NDArray[np.int64]  # one number per example
+
+# -- constants of the memory model, fitted on a CPU with torch 2.13 and transformers 5.23 -----------------------------
+
+PROCESS_BYTES = 513_000_000  # Python with torch, transformers and datasets imported, before any model
+ADAM_BYTES = 12  # per trained number: gradient, and Adam's two moments, all in fp32
+# Numbers that a layer keeps per token for its backward pass, in multiples of the width (h) and of the MLP's width (i),
+# beside keys and values: inputs of the attention's and the MLP's matrices (3h), queries and attention's output (2h),
+# gate, its activation, up and their product (4i); a trained norm keeps its normalised input as well (2h).
+KEPT_WIDTHS, KEPT_MLP_WIDTHS, KEPT_NORM_WIDTHS = 5, 4, 2
+FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
+LOGIT_BYTES = 22.6  # per trained token and entry of the vocabulary: logits, log-probabilities, gradients of both
+HELD = {True: 1.39, False: 1.02}  # bytes held for each byte of activations; by whether an adapter is trained: its
+# layers make one output more than they keep
+
+MAX_EPOCHS_SEEN = 4  # the largest micro-batch hardly grows with more of them
+
+# -- constants of the time model ---------------------------------------------------------------------------------------
+
+START_S = 6.0  # a worker's imports
+LOAD_BYTES_PER_S = 1e9
+CHECKPOINT_BYTES_PER_S = 2e8  # written, hashed, and copied to storage
+FORWARD_SHARE = {True: 1 / 2, False: 1 / 3}  # of a step's time; by whether an adapter is trained
+
+
+def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> int:
+    """Peak bytes of one worker's process: of a resolved spec whose examples have so many tokens, and so many of them
+    with a loss.
+
+    The process itself, weights, gradients, Adam's moments, activations and logits of the largest micro-batch. Loading
+    takes the stored weights beside those in the run's precision, which for an adapter on a small batch is the peak.
+    """
+    weights = _compute_bytes(spec) * shape.num_parameters
+    num_trained = trained_parameters(spec, shape)
+    masters = 0 if spec.adapter is None and spec.precision == "fp32" else 4 * num_trained
+    per_token = HELD[spec.adapter is not None] * _activation_bytes(spec, shape)
+    per_trained = LOGIT_BYTES * shape.vocab_size
+    batch = _largest_micro_batch(spec, (tokens * per_token + trained * per_trained).astype(np.int64))
+    training = weights + masters + ADAM_BYTES * num_trained + batch
+    loading = weights + shape.weights_bytes
+    return PROCESS_BYTES + max(training, loading)
+
+
+def trained_parameters(spec: TrainSpec, shape: ModelShape) -> int:
+    """Numbers that the optimizer changes."""
+    if spec.adapter is None:
+        return shape.num_parameters
+    adapted = shape.adapted(spec.adapter.targets).values()
+    magnitudes = sum(max(dims) for dims in adapted) if spec.adapter.dora else 0
+    return cast(int, spec.adapter.rank) * sum(sum(dims) for dims in adapted) + magnitudes
+
+
+def checkpoint_bytes(spec: TrainSpec, shape: ModelShape) -> int:
+    """One checkpoint: what an artifact holds, and the trained weights and Adam's two moments in fp32."""
+    return artifact_bytes(spec, shape) + 12 * trained_parameters(spec, shape)
+
+
+def artifact_bytes(spec: TrainSpec, shape: ModelShape) -> int:
+    """Weights of a servable folder: an adapter's in fp32, or all of them as the base stores its own."""
+    return shape.weights_bytes if spec.adapter is None else 4 * trained_parameters(spec, shape)
+
+
+def num_checkpoints(plan: Plan) -> int:
+    """How many a run writes at its intervals; with a validation set every better evaluation adds one."""
+    return ceil(plan.total_steps / cast(int, plan.spec.checkpoint_interval))
+
+
+def num_kept_checkpoints(plan: Plan) -> int:
+    """How many there are at the most after the run: the last k, and the best."""
+    best = 1 if plan.num_validation_examples else 0
+    return min(plan.spec.keep_checkpoints, num_checkpoints(plan)) + best
+
+
+def disk_bytes(plan: Plan) -> int:
+    """What a run leaves in storage: the checkpoints that are kept, and the artifact."""
+    return num_kept_checkpoints(plan) * plan.checkpoint_bytes + plan.artifact_bytes
+
+
+def duration_s(plan: Plan, shape: ModelShape, tokens_per_s: float, render_s: float) -> float:
+    """Seconds from a worker's start to the artifact. `tokens_per_s` are what one worker trains, with or without a loss;
+    `render_s` is what rendering the files took while planning.
+
+    Workers are taken to share the work evenly, and to lose nothing to each other.
+    """
+    spec, is_lora = plan.spec, plan.spec.adapter is not None
+    num_read = cast(int, spec.hyperparameters.n_epochs) * plan.num_tokens
+    if spec.validates():
+        num_evaluations = ceil(plan.total_steps / cast(int, spec.eval_interval))
+        num_read += round(FORWARD_SHARE[is_lora] * num_evaluations * plan.num_validation_tokens)
+    steps_s = num_read / spec.num_workers / tokens_per_s
+    writing_s = (num_checkpoints(plan) * plan.checkpoint_bytes + plan.artifact_bytes) / CHECKPOINT_BYTES_PER_S
+    return START_S + render_s + shape.weights_bytes / LOAD_BYTES_PER_S + steps_s + writing_s
+
+
+def _compute_bytes(spec: TrainSpec) -> int:
+    return 4 if spec.precision == "fp32" else 2
+
+
+def _activation_bytes(spec: TrainSpec, shape: ModelShape) -> int:
+    """Kept per token for the backward pass, all layers together."""
+    hidden, width = shape.hidden_size, _compute_bytes(spec)
+    kept = KEPT_WIDTHS * hidden + 2 * shape.kv_size + KEPT_MLP_WIDTHS * shape.mlp_size
+    if spec.adapter is None:
+        kept += KEPT_NORM_WIDTHS * hidden
+    low_rank = len(shape.adapted(spec.adapter.targets)) * cast(int, spec.adapter.rank) if spec.adapter else 0
+    return shape.num_layers * (kept * width + 4 * FP32_WIDTHS * hidden) + low_rank * width
+
+
+def _largest_micro_batch(spec: TrainSpec, sizes: Counts) -> int:
+    """The largest sum of sizes over the examples of one micro-batch, in the order that a run of this seed takes."""
+    hyper = spec.hyperparameters
+    batch_size = cast(int, hyper.batch_size)
+    num_steps = ceil(len(sizes) / batch_size)
+    padded = np.zeros(num_steps * batch_size, dtype=np.int64)
+    largest = 0
+    for epoch in range(min(cast(int, hyper.n_epochs), MAX_EPOCHS_SEEN)):
+        padded[: len(sizes)] = sizes[np.random.default_rng([spec.seed, epoch]).permutation(len(sizes))]
+        steps = padded.reshape(num_steps, batch_size)
+        for rank in range(spec.num_workers):
+            share = steps[:, rank :: spec.num_workers]
+            parts = np.array_split(share, cast(int, hyper.gradient_accumulation_steps), axis=1)
+            largest = max(largest, *(int(part.sum(axis=1).max()) for part in parts))
+    return largest
