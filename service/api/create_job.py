@@ -10,8 +10,10 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.api.schemas import CreateJob
+from service.api.sweep_checks import check_sweep
 from service.auth import Caller
 from service.errors import InvalidRequest, NotFound
+from service.jobs.states import JobKind
 from service.platform import Platform
 from service.store import bases, events, files, jobs, keys
 from service.store.tables import File, Job
@@ -46,6 +48,8 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
         tx,
         project_id=who.project_id,
         created_by=who.key_id,
+        kind=JobKind.FINE_TUNING if body.sweep is None else JobKind.SWEEP,
+        sweep=None if body.sweep is None else body.sweep.model_dump(mode="json"),
         method=spec.method,
         priority=body.priority,
         base_id=spec.base.id,
@@ -74,6 +78,8 @@ def _first_of_retries(tx: Session, request_hash: str, window_s: float, attempt: 
 def _build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) -> TrainSpec:
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
+    if body.sweep is not None:
+        check_sweep(body, body.sweep, chosen)
     base = _base_of(tx, platform, who, body.model)
     training = _usable_file(tx, who, body.training_file, "training_file")
     validation = None
