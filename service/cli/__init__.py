@@ -86,20 +86,41 @@ def train(
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, max=512, help="LoRA rank.", show_default="auto")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=V,V|NAME=MIN..MAX", help="Try values of learning_rate, batch_size, n_epochs or lora_rank."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="So many random combinations of --sweep.", show_default="all")
+    ] = None,
+    asha: Annotated[bool, typer.Option("--asha", help="Stop weak trials of a sweep early.")] = False,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials of a sweep at a time.", show_default="2")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job until it is over.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
     """Upload a data set and create a fine-tuning job."""
-    from service.cli import jobs
+    from service.cli import jobs, sweeps
     from service.cli.client import connected
 
     if full and rank is not None:
         raise typer.BadParameter("--rank belongs to LoRA and cannot go with --full.")
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
+    if sweep and validation_file is None and not validation_split:
+        raise typer.BadParameter("--sweep needs --validation-split or --validation-file.")
+    if not sweep and (trials is not None or asha or max_concurrent is not None):
+        raise typer.BadParameter("--trials, --asha and --max-concurrent belong to --sweep.")
+    try:
+        searched = sweeps.sweep_field(sweep, trials, asha, max_concurrent) if sweep else None
+    except sweeps.SweepOptionError as error:
+        raise typer.BadParameter(str(error)) from None
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience
+        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience, searched
     )
     with connected(url, key) as client:
         raise typer.Exit(jobs.train(client, data, validation_file, wishes, wait=wait))

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.cli.client import console, errors, fail, get, post
 from service.cli.registry import show, table, when
+from service.cli.sweeps import OVER, show_trials
 
 VALIDATION_POLL_S = 0.3
 NUM_FAULTS_SHOWN = 10
@@ -34,6 +35,7 @@ class TrainWishes:
     workers: int = 1
     validation_split: float | None = None
     patience: int | None = None
+    sweep: dict[str, Any] | None = None
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
@@ -51,7 +53,12 @@ class TrainWishes:
             body["adapter"] = {"type": "lora", "rank": self.rank}
         if self.patience is not None:
             body["early_stopping"] = {"patience": self.patience}
-        extra = {"suffix": self.suffix, "validation_file": validation_file, "validation_split": self.validation_split}
+        extra = {
+            "suffix": self.suffix,
+            "validation_file": validation_file,
+            "validation_split": self.validation_split,
+            "sweep": self.sweep,
+        }
         return body | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -100,6 +107,7 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
     try:
         with bar:
             task = bar.add_task("waiting", total=None, loss="")
+            trials_over: set[int] = set()
             for event in follow(client, job_id):
                 data = event.get("data") or {}
                 if event["type"] == "metrics" and "train_loss" in data:
@@ -109,6 +117,9 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
                     )
                 elif event["type"] == "message":
                     bar.console.print(escape(event["message"]), soft_wrap=True)
+                if data.get("status") in OVER:  # of a sweep's trial
+                    trials_over.add(data["trial"])
+                    bar.update(task, description="trials", completed=len(trials_over), total=data["num_trials"])
             job = client.fine_tuning.jobs.retrieve(job_id)
             if job.status == "succeeded":
                 bar.update(task, total=bar.tasks[0].completed)  # it may have stopped before its last planned step
@@ -149,6 +160,9 @@ def show_one(client: openai.OpenAI, job_id: str) -> int:
     job = client.fine_tuning.jobs.retrieve(job_id)
     for name, value in _facts(job):
         console.print(f"{name:>16}  {escape(str(value))}", soft_wrap=True)
+    sweep = (job.model_extra or {}).get("sweep")
+    if sweep is not None:
+        show_trials(sweep)
     for event in reversed(client.fine_tuning.jobs.list_events(job_id, limit=10).data):
         console.print(f"{when(event.created_at)}  {escape(event.message)}", soft_wrap=True)
     return 0

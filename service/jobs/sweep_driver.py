@@ -137,7 +137,7 @@ class SweepDriver:
         events.add(tx, trial, f"Stopped early after the evaluation of step {step}: other trials are better")
         jobs.request_cancel(tx, trial.project_id, trial.id)
         self._add_event(
-            tx, sweep, trial, f"stopped early at step {step}: {_in_short(self._result(trial))}", dedup="early"
+            tx, sweep, trial, f"stopped early at step {step}: {_in_short(self._result(trial))}", status="stopped_early"
         )
 
     def _tell(self, tx: Session, sweep: Job, trial: Job) -> None:
@@ -145,18 +145,23 @@ class SweepDriver:
         result = self._result(trial)
         state = JobState(trial.state)
         if state == JobState.SUCCEEDED:
-            self._add_event(tx, sweep, trial, f"finished: {_in_short(result)}", dedup="over")
+            self._add_event(tx, sweep, trial, f"finished: {_in_short(result)}", status="finished")
         elif state == JobState.FAILED:
             text = f"failed: {(trial.error or {}).get('message')} ({describe(result.parameters)})"
-            self._add_event(tx, sweep, trial, text, dedup="over", level="warn")
+            self._add_event(tx, sweep, trial, text, status="failed", level="warn")
         elif result.stopped_early_at_step is None:
-            self._add_event(tx, sweep, trial, f"was cancelled: {describe(result.parameters)}", dedup="over")
+            self._add_event(tx, sweep, trial, f"was cancelled: {describe(result.parameters)}", status="cancelled")
 
-    def _add_event(self, tx: Session, sweep: Job, trial: Job, text: str, *, dedup: str, level: str = "info") -> None:
-        data: dict[str, Any] = {"trial": trial.trial_number, "num_trials": len(self._combinations), "job_id": trial.id}
-        data |= self._result(trial).model_dump()
+    def _add_event(self, tx: Session, sweep: Job, trial: Job, text: str, *, status: str, level: str = "info") -> None:
+        data: dict[str, Any] = {
+            "trial": trial.trial_number,
+            "num_trials": len(self._combinations),
+            "job_id": trial.id,
+            "status": status,
+            **self._result(trial).model_dump(),
+        }
         message = f"Trial {trial.trial_number} of {len(self._combinations)} {text}"
-        dedup_key = f"{sweep.id}:trial-{trial.trial_number}-{dedup}"
+        dedup_key = f"{sweep.id}:trial-{trial.trial_number}-{status}"
         events.add(tx, sweep, message, level=level, data=data, dedup_key=dedup_key)
 
     # What the sweep does
@@ -198,7 +203,7 @@ class SweepDriver:
         )
         where = f"{number} of {len(self._combinations)}"
         events.add(tx, trial, f"Created as trial {where} of the sweep {sweep.id}: {describe(parameters)}")
-        self._add_event(tx, sweep, trial, f"created: {describe(parameters)} ({trial.id})", dedup="created")
+        self._add_event(tx, sweep, trial, f"created: {describe(parameters)} ({trial.id})", status="created")
 
     def _stop(self, trials: list[Job], wish: Wish) -> bool:
         """Stop once no trial works any more; whether that is so."""
@@ -221,7 +226,7 @@ class SweepDriver:
             return
         with self._db.write() as tx:
             sweep = self._recorder.hold(tx)
-            self._add_event(tx, sweep, best, f"is the best: {_in_short(result_of(best))}", dedup="best")
+            self._add_event(tx, sweep, best, f"is the best: {_in_short(result_of(best))}", status="best")
         self._recorder.publish_best(best)
 
 
