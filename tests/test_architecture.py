@@ -74,6 +74,11 @@ def test_engines_and_training_run_without_ray() -> None:
             assert not imports_package(path, "ray"), name
 
 
+def test_ray_tune_stays_in_one_file() -> None:
+    for path in SOURCES:
+        assert module_name(path) == "service.jobs.ray_tune" or not imports_package(path, "ray.tune"), path
+
+
 def test_torch_stays_in_training_and_the_native_engine() -> None:
     for path in SOURCES:
         name = module_name(path)

@@ -196,6 +196,44 @@ def test_train_validates_on_a_share_of_the_rows_and_stops_early(
     )
 
 
+def test_a_sweep_is_followed_to_its_model_and_its_trials_are_compared_in_one_table(
+    tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
+) -> None:
+    options = ("--base-model", base, "--validation-split", "0.2", "--max-concurrent", "1", "--wait")
+    shown = tunesmith("train", str(data), *options, "--sweep", "learning_rate=0.1,1e-3", "--sweep", "n_epochs=1").output
+    assert "Trial 1 of 2 finished: valid_loss 4.8, learning_rate 0.1, n_epochs 1" in shown
+    job = client.fine_tuning.jobs.list(limit=1).data[0]
+    assert f"tunesmith chat {job.fine_tuned_model}" in shown
+    rows = [line.split() for line in tunesmith("jobs", job.id).output.splitlines() if " ftjob-" in line]
+    assert [row[:6] for row in rows if row[0] != "id"][:2] == [
+        ["1", "0.1", "1", "4.8000", "4", "succeeded"],
+        ["*", "2", "0.001", "1", "1.6000", "4"],
+    ]
+
+
+def test_a_random_sweep_draws_from_ranges(tunesmith: Tunesmith, client: OpenAI, data: Path, base: str) -> None:
+    options = ("--base-model", base, "--validation-split", "0.2", "--trials", "3", "--asha")
+    tunesmith("train", str(data), *options, "--sweep", "learning_rate=1e-5..1e-3", "--sweep", "lora_rank=2..8")
+    sweep = (client.fine_tuning.jobs.list(limit=1).data[0].model_extra or {})["sweep"]
+    assert (sweep["search"], sweep["scheduler"], sweep["num_trials"]) == ("random", "asha", 3)
+    assert sweep["parameters"]["learning_rate"] == {"min": 1e-5, "max": 1e-3, "log": True}
+    assert sweep["parameters"]["lora_rank"] == {"min": 2, "max": 8, "log": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--sweep", "learning_rate=1e-4,3e-4"),
+        ("--validation-split", "0.2", "--sweep", "learning_rate=fast"),
+        ("--validation-split", "0.2", "--sweep", "learning_rate"),
+        ("--validation-split", "0.2", "--trials", "3"),
+        ("--validation-split", "0.2", "--asha"),
+    ],
+)
+def test_a_sweep_that_cannot_be_meant_is_explained(tunesmith: Tunesmith, data: Path, options: tuple[str, ...]) -> None:
+    assert "--" in tunesmith("train", str(data), "--base-model", ECHO, *options, expect=2).output
+
+
 def test_a_bad_file_is_refused_with_the_numbers_of_its_lines(tunesmith: Tunesmith, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text((json.dumps(ROW) + "\n") * 10 + '{"messages": []}\n{oops\n')

@@ -11,8 +11,10 @@ from sqlalchemy.orm import Session
 
 from service.api.schemas import CreateJob
 from service.api.start_model import find_start
+from service.api.sweep_checks import check_sweep
 from service.auth import Caller
 from service.errors import InvalidRequest, NotFound
+from service.jobs.states import JobKind
 from service.platform import Platform
 from service.store import events, files, jobs, keys
 from service.store.tables import File, Job
@@ -47,6 +49,8 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
         tx,
         project_id=who.project_id,
         created_by=who.key_id,
+        kind=JobKind.FINE_TUNING if body.sweep is None else JobKind.SWEEP,
+        sweep=None if body.sweep is None else body.sweep.model_dump(mode="json"),
         method=spec.method,
         priority=body.priority,
         base_id=spec.base.id,
@@ -77,6 +81,8 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
     """What the body asks for, checked as far as no file has to be read."""
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
+    if body.sweep is not None:
+        check_sweep(body, body.sweep, chosen)
     start = find_start(tx, platform, who, body)
     training = _usable_file(tx, who, body.training_file, "training_file")
     validation = None

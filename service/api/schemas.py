@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.jobs.sweeps import Sweep
 from training.spec import (
     AUTO,
     Auto,
@@ -221,6 +222,7 @@ class CreateJob(Wire):
     ] = ()
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
+    sweep: Sweep | None = None
 
     @property
     def method_type(self) -> MethodType:

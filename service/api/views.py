@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from service.jobs.states import JobState
+from service.jobs.sweeps import Trial, find_best
 from service.store.aliases import Current
 from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
 
@@ -19,8 +21,12 @@ def _seconds(at: float | None) -> int | None:
     return None if at is None else int(at)
 
 
-def job_json(job: Job, organization: str) -> Json:
-    """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there."""
+def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
+    """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there.
+
+    A sweep needs its trials beside it; those of other sweeps are passed over. Once it is over, its hyperparameters are
+    the best trial's.
+    """
     own = {name: value for name, value in (job.spec.get(job.method) or {}).items() if name not in FOUND_IN_THE_DATA}
     chosen: Json = {**job.spec["hyperparameters"], **own}  # a method's own beside them
     succeeded = job.state == JobState.SUCCEEDED
@@ -58,6 +64,32 @@ def job_json(job: Job, organization: str) -> Json:
         "desired": job.desired,
         "state_version": job.state_version,
         "started_at": _seconds(job.started_at),
+        "kind": job.kind,
+        "sweep": None if job.sweep is None else _sweep_json(job, [t for t in trials if t.parent_job_id == job.id]),
+        "parent": job.parent_job_id,
+        "trial": None if job.trial is None else {"number": job.trial_number, **job.trial},
+    }
+
+
+def _sweep_json(job: Job, trials: list[Job]) -> Json:
+    """What was asked, and every combination with how it does; one that has not begun has no job yet."""
+    combinations = (job.plan or {}).get("trials", [])
+    rows: dict[int | None, Json] = {
+        number: {"number": number, "job_id": None, "status": None, **Trial(parameters=parameters).model_dump()}
+        for number, parameters in enumerate(combinations, start=1)
+    }
+    for trial in trials:
+        rows[trial.trial_number] = {
+            "number": trial.trial_number,
+            "job_id": trial.id,
+            "status": trial.state,
+            **(trial.trial or {}),
+        }
+    best = find_best(trials)
+    return {
+        **(job.sweep or {}),
+        "trials": list(rows.values()),
+        "best_trial": None if best is None else best.trial_number,
     }
 
 

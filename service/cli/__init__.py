@@ -99,6 +99,19 @@ def train(
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale LoRA by the root of its rank.")] = False,
     dora: Annotated[bool, typer.Option("--dora", help="LoRA with a trained length for each row of weights.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=V,V|NAME=MIN..MAX", help="Try values of learning_rate, batch_size, n_epochs or lora_rank."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="So many random combinations of --sweep.", show_default="all")
+    ] = None,
+    asha: Annotated[bool, typer.Option("--asha", help="Stop weak trials of a sweep early.")] = False,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials of a sweep at a time.", show_default="2")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job until it is over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and create nothing.")] = False,
     url: Url = DEFAULT_URL,
@@ -106,7 +119,7 @@ def train(
 ) -> None:
     """Upload a data set and create a fine-tuning job."""
     from service.cli import dry_run as dry_running
-    from service.cli import jobs
+    from service.cli import jobs, sweeps
     from service.cli.client import connected
 
     chosen = {"rank": rank, "rslora": rslora or None, "dora": dora or None}
@@ -117,9 +130,27 @@ def train(
         raise typer.BadParameter("--beta and --loss-type need --method dpo.")
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
+    if sweep and validation_file is None and not validation_split:
+        raise typer.BadParameter("--sweep needs --validation-split or --validation-file.")
+    if not sweep and (trials is not None or asha or max_concurrent is not None):
+        raise typer.BadParameter("--trials, --asha and --max-concurrent belong to --sweep.")
+    try:
+        searched = sweeps.sweep_field(sweep, trials, asha, max_concurrent) if sweep else None
+    except sweeps.SweepOptionError as error:
+        raise typer.BadParameter(str(error)) from None
     hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "beta": beta, "loss_type": loss_type}
     wishes = jobs.TrainWishes(
-        base_model, method, hyperparameters, suffix, full, adapter, workers, validation_split, patience, sample
+        base_model,
+        method,
+        hyperparameters,
+        suffix=suffix,
+        full=full,
+        adapter=adapter,
+        workers=workers,
+        validation_split=validation_split,
+        patience=patience,
+        sample_prompts=sample,
+        sweep=searched,
     )
     with connected(url, key) as client:
         if dry_run:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.cli.client import console, errors, fail, get, post
 from service.cli.registry import show, table, when
+from service.cli.sweeps import OVER, show_trials
 
 VALIDATION_POLL_S = 0.3
 NUM_FAULTS_SHOWN = 10
@@ -36,6 +37,7 @@ class TrainWishes:
     validation_split: float | None = None
     patience: int | None = None
     sample_prompts: list[str] | None = None
+    sweep: dict[str, Any] | None = None
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
@@ -57,6 +59,7 @@ class TrainWishes:
             "validation_file": validation_file,
             "validation_split": self.validation_split,
             "sample_prompts": self.sample_prompts,
+            "sweep": self.sweep,
         }
         return body | {name: value for name, value in extra.items() if value is not None}
 
@@ -106,6 +109,7 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
     try:
         with bar:
             task = bar.add_task("waiting", total=None, loss="")
+            trials_over: set[int] = set()
             for event in follow(client, job_id):
                 data = event.get("data") or {}
                 if event["type"] == "metrics" and "train_loss" in data:
@@ -118,6 +122,9 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
                     bar.console.print(escape(textwrap.indent(data["text"], "  ")), soft_wrap=True)
                 elif event["type"] == "message":
                     bar.console.print(escape(event["message"]), soft_wrap=True)
+                if data.get("status") in OVER:  # of a sweep's trial
+                    trials_over.add(data["trial"])
+                    bar.update(task, description="trials", completed=len(trials_over), total=data["num_trials"])
             job = client.fine_tuning.jobs.retrieve(job_id)
             if job.status == "succeeded":
                 bar.update(task, total=bar.tasks[0].completed)  # it may have stopped before its last planned step
@@ -162,6 +169,9 @@ def show_one(client: openai.OpenAI, job_id: str) -> int:
     job = client.fine_tuning.jobs.retrieve(job_id)
     for name, value in _facts(job):
         console.print(f"{name:>16}  {escape(str(value))}", soft_wrap=True)
+    sweep = (job.model_extra or {}).get("sweep")
+    if sweep is not None:
+        show_trials(sweep)
     for event in reversed(client.fine_tuning.jobs.list_events(job_id, limit=10).data):
         console.print(f"{when(event.created_at)}  {escape(event.message)}", soft_wrap=True)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.jobs.correction import for_less_memory
-from service.jobs.states import Desired, JobState
+from service.jobs.states import Desired, JobKind, JobState
 from service.store import checkpoints, events, jobs, runs
 from service.store.tables import Job, Run
 
@@ -29,7 +29,7 @@ def stopped(tx: Session, run: Run, *, step: int | None, forced: bool = False) ->
     if not runs.end(tx, run.id, outcome):
         return False
     job = _leave(tx, job, state)
-    where = f" at step {step if step is not None else last_step(tx, job.id)}"
+    where = "" if job.kind == JobKind.SWEEP else f" at step {step if step is not None else last_step(tx, job.id)}"
     text = {
         JobState.CANCELLED: "The job was cancelled",
         JobState.PAUSED: f"The job was paused{where}",
@@ -61,12 +61,12 @@ def lost(tx: Session, run: Run, *, reason: str, max_attempts: int) -> bool:
         events.add(tx, _leave(tx, job, JobState.CANCELLED), "The job was cancelled")
     elif job.desired == Desired.PAUSE:
         job = _leave(tx, job, JobState.PAUSED)
-        events.add(tx, job, f"{reason}; the job was paused at step {last_step(tx, job.id)}", level="warn")
+        events.add(tx, job, f"{reason}; the job was paused and will continue {where_from(tx, job)}", level="warn")
     elif _num_fruitless(tx, run) >= max_attempts:
         fail_job(tx, job, code="crashed", message=f"The run crashed {max_attempts} times. Last reason: {reason}")
     else:
         job = _leave(tx, job, JobState.QUEUED)
-        events.add(tx, job, f"{reason}; continuing from step {last_step(tx, job.id)}", level="warn")
+        events.add(tx, job, f"{reason}; continuing {where_from(tx, job)}", level="warn")
     return True
 
 
@@ -83,6 +83,11 @@ def fail_job(tx: Session, job: Job, *, code: str, message: str, param: str | Non
     return job
 
 
+def where_from(tx: Session, job: Job) -> str:
+    """What the next run begins with, for event lists."""
+    return "with the trials left" if job.kind == JobKind.SWEEP else f"from step {last_step(tx, job.id)}"
+
+
 def last_step(tx: Session, job_id: str) -> int:
     """The step that the next run starts from."""
     checkpoint = checkpoints.latest(tx, job_id)
@@ -94,7 +99,12 @@ def _leave(tx: Session, job: Job, state: JobState) -> Job:
 
 
 def _num_fruitless(tx: Session, run: Run) -> int:
-    """Crashes since the furthest checkpoint was written: a long job may lose many workers as long as it gets on."""
+    """Crashes since the furthest checkpoint was written: a long job may lose many workers as long as it gets on.
+
+    A sweep gets on with each trial that is over."""
+    trials = jobs.trials(tx, [run.job_id])
+    if trials:
+        return runs.num_lost(tx, run.job_id, since=max(trial.finished_at or 0.0 for trial in trials))
     checkpoint = checkpoints.latest(tx, run.job_id)
     attempts = run.attempt - (0 if checkpoint is None else checkpoint.attempt)
     return min(attempts, runs.num_lost(tx, run.job_id))

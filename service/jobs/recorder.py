@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.orm import Session
 
 from service.jobs import endings
-from service.jobs.publish import add_model, publish
+from service.jobs.publish import add_model, publish, publish_best
 from service.jobs.states import Desired
 from service.metrics import Metrics
 from service.store import checkpoints, events, jobs, metrics, models, runs
@@ -113,6 +113,15 @@ class RunRecorder:
         """Publish a finished artifact."""
         publish(self._db, self._storage, self.run_id, self._epoch, key, manifest_hash)
         self.over.set()
+
+    def publish_best(self, trial: Job) -> None:
+        """Publish the trial's model as that of its sweep, whose run this is."""
+        publish_best(self._db, self._storage, self.run_id, self._epoch, trial)
+        self.over.set()
+
+    def hold(self, tx: Session) -> Job:
+        """The run's job, after a proof that the run still counts; RunLost otherwise."""
+        return jobs.by_id(tx, runs.hold(tx, self.run_id, self._epoch).job_id)
 
     def crashed(self, reason: str, max_attempts: int) -> None:
         """The attempt broke down without an ending of its own."""

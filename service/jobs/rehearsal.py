@@ -5,6 +5,7 @@ For trying out clients, dashboards and the orchestrator itself; the folders it w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from training.progress import (
     Stopped,
     Wish,
 )
-from training.spec import TrainSpec
+from training.spec import AUTO, TrainSpec
 from training.storage import Storage
 
 TOKENS_PER_STEP = 100
@@ -95,7 +96,8 @@ class _Rehearsed:
 
     def eval_metrics(self, step: int) -> EvalMetrics:
         accuracy = 1 - 1 / (step + 1)
-        return EvalMetrics(**self.stamp(), step=step, valid_loss=2 * loss(step), valid_mean_token_accuracy=accuracy)
+        valid_loss = 2 * loss(step) * badness(self.spec)
+        return EvalMetrics(**self.stamp(), step=step, valid_loss=valid_loss, valid_mean_token_accuracy=accuracy)
 
     def samples(self, step: int) -> list[Sample]:
         prompts = self.spec.sample_prompts
@@ -129,6 +131,12 @@ class _Rehearsed:
             }
         )
         return commit(self.storage, key, manifest)
+
+
+def badness(spec: TrainSpec) -> float:
+    """1 at a learning rate of 0.001, and more with the distance from it: so that a sweep has something to find."""
+    rate = spec.hyperparameters.learning_rate
+    return 1.0 if rate == AUTO else 1.0 + abs(math.log10(rate / 1e-3))
 
 
 def loss(step: int) -> float:

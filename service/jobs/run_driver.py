@@ -14,6 +14,8 @@ from typing import Protocol
 
 from service.jobs.publish import find_leftover, run_key
 from service.jobs.recorder import RunRecorder
+from service.jobs.states import JobKind
+from service.jobs.sweep_driver import SweepDriver
 from service.logs import job_id
 from service.metrics import Metrics
 from service.store import checkpoints, jobs
@@ -72,6 +74,9 @@ class RunDriver:
         with self._db.read() as tx:
             job = jobs.by_id(tx, self._run.job_id)
             recorded = checkpoints.latest(tx, job.id)
+        if job.kind == JobKind.SWEEP:
+            SweepDriver(self._db, self.recorder, job).work()
+            return
         leftover = find_leftover(self._storage, job.id, 0 if recorded is None else recorded.step)
         if leftover is not None:
             self.recorder.publish(*leftover)

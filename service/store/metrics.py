@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import select
@@ -33,6 +34,12 @@ def merged(tx: Session, job_id: str, kind: str | None = None) -> list[Metric]:
         if not is_superseded(row) and (kind is None or row.kind == kind):
             winners[row.step, row.kind] = row
     return [winners[key] for key in sorted(winners)]
+
+
+def evaluations(tx: Session, job_ids: Iterable[str]) -> list[Metric]:
+    """Every evaluation of the jobs, in the order in which they were made; steps that were trained again come again."""
+    chosen = select(Metric).where(Metric.job_id.in_(list(job_ids)), Metric.kind == "eval")
+    return list(tx.scalars(chosen.order_by(Metric.at, Metric.job_id, Metric.step)))
 
 
 def trained_tokens(tx: Session, job_id: str) -> int:
