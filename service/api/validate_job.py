@@ -30,6 +30,10 @@ KIND = "preview_job"
 @router.post("/validate")
 async def validate(body: CreateJob, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """The plan, or as a 400 the coded error that the job would end with."""
+    if body.sweep is not None:
+        raise InvalidRequest(
+            "A plan is of one run: leave 'sweep' out here, and set the values to be planned.", param="sweep"
+        )
     until = time.monotonic() + platform.settings.validate_timeout_s
     while (task_id := await asyncio.to_thread(_queue, platform, who, body)) is None:  # its files are being checked
         await _pause(until)

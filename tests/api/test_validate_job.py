@@ -160,9 +160,17 @@ def test_the_error_is_the_one_that_the_job_would_end_with(
     assert rows_of(platform)[1] == 0
 
 
+SWEEP = {"validation_split": 0.2, "sweep": {"search": "grid", "parameters": {"learning_rate": [1e-3, 1e-4]}}}
+
+
 def test_a_body_is_checked_as_by_create(service: tuple[Platform, OpenAI]) -> None:
     _, client = service
-    for fields, param in (({"wat": 1}, "wat"), ({"num_workers": 99}, "num_workers"), ({}, "training_file")):
+    for fields, param in (
+        ({"wat": 1}, "wat"),
+        (SWEEP, "sweep"),
+        ({"num_workers": 99}, "num_workers"),
+        ({}, "training_file"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             validate(client, "file-none", **fields)
         assert caught.value.param == param
