@@ -11,10 +11,12 @@ from sqlalchemy.orm import Session
 
 from service.api.schemas import CreateJob
 from service.auth import Caller
-from service.errors import InvalidRequest, NotFound
+from service.errors import InvalidRequest, NotFound, UnsupportedParameter
 from service.platform import Platform
+from service.settings import Settings
 from service.store import bases, events, files, jobs, keys
 from service.store.tables import File, Job
+from service.trackers.chosen import why_no_wandb
 from training.artifact import canonical_json
 from training.spec import AUTO, BaseRef, EarlyStopping, Hyperparameters, TrainSpec
 
@@ -41,6 +43,7 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
     first = _first_of_retries(tx, request_hash, platform.settings.retry_window_s, attempt)
     if first is not None:
         return first
+    _check_integrations(body, platform.settings)
     spec = _build_spec(tx, platform, who, body)
     job = jobs.create(
         tx,
@@ -55,7 +58,7 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
         request={**sent, MADE_BY_RETRY: True} if attempt.retry_count else sent,
         request_hash=request_hash,
         spec=spec.model_dump(mode="json"),
-        user_metadata=body.metadata,
+        user_metadata=body.metadata or None,  # an empty object is none, also to the list's `metadata=null`
     )
     events.add(tx, job, f"Created fine-tuning job: {job.id}")
     events.add(tx, job, f"Validating training file: {body.training_file}")
@@ -117,6 +120,13 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         raise InvalidRequest(
             f"Invalid value for 'num_workers': this service allows at most {max_workers}.", param="num_workers"
         )
+
+
+def _check_integrations(body: CreateJob, settings: Settings) -> None:
+    why_not = why_no_wandb(settings)
+    if body.integrations and why_not:
+        message = f"Unsupported parameter: 'integrations.0' asks for Weights & Biases. {why_not}"
+        raise UnsupportedParameter(message, param="integrations.0")
 
 
 def _base_of(tx: Session, platform: Platform, who: Caller, name: str) -> BaseRef:

@@ -39,7 +39,7 @@ def job_json(job: Job, organization: str) -> Json:
         "method": {"type": job.method, job.method: {"hyperparameters": chosen}},
         "seed": job.spec["seed"],
         "error": job.error,
-        "integrations": None,
+        "integrations": _integrations_json(job),
         "metadata": job.user_metadata,
         "suffix": job.suffix,
         "adapter": _adapter_json(job.spec["adapter"]),
@@ -55,6 +55,12 @@ def job_json(job: Job, organization: str) -> Json:
         "state_version": job.state_version,
         "started_at": _seconds(job.started_at),
     }
+
+
+def _integrations_json(job: Job) -> list[Json] | None:
+    asked = job.request.get("integrations") or []
+    names = ("project", "name", "entity", "tags")
+    return [{"type": one["type"], "wandb": {name: one["wandb"].get(name) for name in names}} for one in asked] or None
 
 
 def _adapter_json(adapter: Json | None) -> Json:
