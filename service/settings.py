@@ -74,7 +74,7 @@ class Settings(BaseSettings):
 
     wandb_api_key: SecretStr | None = Field(None, description="Key for jobs that ask for Weights & Biases")
     wandb_base_url: str = Field("https://api.wandb.ai", pattern=r"^https?://", description="A W&B server of your own")
-    wandb_offline: bool = Field(False, description="Send nothing; runs lie below home/wandb for `wandb sync`")
+    wandb_offline: bool = Field(False, description="Keep W&B runs below home/wandb, for `wandb sync`")
     mlflow_tracking_uri: str = Field("", description="MLflow server or database that gets the curves of all jobs")
     tensorboard_dir: str = Field("", description="Folder that gets TensorBoard event files of all jobs")
 

@@ -22,7 +22,7 @@ from service.store.database import Database
 from service.store.runs import RunLost
 from service.store.tables import Checkpoint, Run
 from service.trackers.chosen import trackers_of
-from service.trackers.follower import Follower, end_all
+from service.trackers.feed import Feed, end_all
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -53,14 +53,14 @@ class RunDriver:
     ) -> None:
         self.recorder = RunRecorder(db, storage, run.id, run.epoch, numbers)
         self._db, self._storage, self._run, self._fit, self._settings = db, storage, run, fit, settings
-        self._followers: list[Follower] = []
+        self._feeds: list[Feed] = []
 
     def work(self) -> None:
         """Do the attempt. Never raises: whatever happened is stored with the run, or the run was ended by others."""
         job_id.set(self._run.job_id)
         with self._heartbeats():
             self._work()
-        end_all(self._followers, abandon=self.recorder.lost.is_set())
+        end_all(self._feeds, abandon=self.recorder.lost.is_set())
 
     def _work(self) -> None:
         try:
@@ -82,7 +82,7 @@ class RunDriver:
             recorded = checkpoints.latest(tx, job.id)
         resumed_step = 0 if recorded is None else recorded.step
         trackers = trackers_of(job, self._settings)
-        self._followers = [Follower(self._db, tracker, self._run, resumed_step) for tracker in trackers]
+        self._feeds = [Feed(self._db, tracker, self._run, resumed_step) for tracker in trackers]
         leftover = find_leftover(self._storage, job.id, resumed_step)
         if leftover is not None:
             self.recorder.publish(*leftover)

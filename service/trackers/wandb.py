@@ -80,7 +80,7 @@ class WandbTracker:
         return list(dict.fromkeys([*(self._chosen.get("tags") or ()), *ours]))
 
     def _library_settings(self) -> Any:
-        """The key goes by value, never into the environment; nothing of this machine is looked at or sent."""
+        """The key goes by value, never into the environment; of this machine nothing is measured or told."""
         import wandb
 
         return wandb.Settings(
@@ -91,8 +91,11 @@ class WandbTracker:
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
+            stop_fn=lambda: None,  # the button on W&B's page would interrupt this process; jobs are stopped here
             silent=True,
             console="off",
+            host="tunesmith",
+            program="tunesmith",
             disable_code=True,
             disable_git=True,
             save_code=False,

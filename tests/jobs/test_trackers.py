@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 
 from service.jobs.rehearsal import loss
 from service.jobs.states import JobState
+from service.settings import Settings
 from service.store import jobs
 from service.store.tables import Job
-from service.trackers import follower
+from service.trackers import feed
+from service.trackers.chosen import why_no_wandb
+from service.up import UpError, running_service
 from tests.jobs.gate import Build, gated
 from tests.jobs.test_faults import crashing
 from tests.jobs.wandb_server import offline_history, wandb_server
@@ -51,7 +55,7 @@ def test_tensorboard_draws_the_curve_of_a_job_that_crashed_once(build: Build, tm
     world = crashing(build, step=4, tensorboard_dir=str(board))
     job = finish(world, world.queue())
     assert world.run(job).attempt == 2
-    assert WHOLE_CURVE == scalars(board, job, "train_loss")
+    assert scalars(board, job, "train_loss") == WHOLE_CURVE
     assert [(step, 2 * value) for step, value in WHOLE_CURVE] == scalars(board, job, "valid_loss")
     assert [step for step, _ in scalars(board, job, "learning_rate")] == [1, 2, 3, 4, 5, 6]
     assert warnings(world, job) == []
@@ -115,6 +119,7 @@ def test_wandb_continues_the_run_of_an_earlier_attempt(build: Build) -> None:
     assert {upsert["name"] for upsert in server.upserts} == {job.id}
     first = server.upserts[0]
     assert (first["project"], first["displayName"]) == ("faq", "try 1")
+    assert (first["host"], first["program"]) == ("tunesmith", "tunesmith"), "our machines are nobody's business"
     assert first["tags"] == ["a", "tunesmith/finetune", "tunesmith/tiny", f"tunesmith/{job.id}"]
     assert '"hyperparameters.learning_rate":{"value":0.001}' in first["config"].replace(" ", "")
     assert [(line["_step"], line["train_loss"], line["valid_loss"]) for line in server.history] == [
@@ -142,7 +147,7 @@ def test_a_refused_wandb_key_is_one_warning_and_shown_to_nobody(
     with wandb_server(refuses=True) as server:
         world = crashing(build, step=4, wandb_api_key=KEY, wandb_base_url=server.url)
         job = finish(world, world.queue(request=FAQ))
-    assert server.authorizations, "it was never asked"
+    assert server.was_asked
     assert len(warnings(world, job)) == 1
     assert warnings(world, job)[0].startswith("Weights & Biases could not be reached: ")
     said = "\n".join(world.messages(job)) + caplog.text + "".join(capfd.readouterr()) + repr(world.settings)
@@ -150,6 +155,15 @@ def test_a_refused_wandb_key_is_one_warning_and_shown_to_nobody(
 
 
 # Trouble
+
+
+def test_what_is_not_installed_is_said_before_a_job_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("wandb", "mlflow", "tensorboard"):
+        monkeypatch.setitem(sys.modules, library, None)
+    settings = Settings(home=tmp_path, wandb_api_key=KEY, mlflow_tracking_uri="http://x", tensorboard_dir="/x")
+    assert "install 'tunesmith[wandb]'" in (why_no_wandb(settings) or "")
+    with pytest.raises(UpError, match=r"tunesmith\[mlflow\].*tunesmith\[tensorboard\]"), running_service(settings):
+        pass
 
 
 def test_a_tracker_that_nobody_answers_for_is_one_warning_without_its_password(
@@ -169,7 +183,7 @@ def test_a_tracker_that_nobody_answers_for_is_one_warning_without_its_password(
 
 def test_a_tracker_that_hangs_holds_nobody_up(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
-    monkeypatch.setattr(follower, "FLUSH_S", 0.1)
+    monkeypatch.setattr(feed, "FLUSH_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         world = build(mlflow_tracking_uri=uri)
@@ -188,5 +202,5 @@ def test_a_tracker_that_comes_back_gets_what_it_missed(build: Build, tmp_path: P
     board.unlink()
     gate.opened.set()
     finish(world, job)
-    assert WHOLE_CURVE == scalars(board, job, "train_loss")
+    assert scalars(board, job, "train_loss") == WHOLE_CURVE
     assert len(warnings(world, job)) == 1

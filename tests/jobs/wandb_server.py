@@ -1,15 +1,19 @@
-"""As much of a Weights & Biases server as its client needs to begin, continue and finish a run; and offline runs read."""
+"""As much of a Weights & Biases server as its client needs for a run; and what an offline run holds."""
 
 from __future__ import annotations
 
 import json
 import struct
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.jobs.world import PATIENCE_S
 
 BLOCK_BYTES = 32 << 10
 FILE_HEADER_BYTES = 7
@@ -23,24 +27,28 @@ class WandbServer(ThreadingHTTPServer):
 
     def __init__(self, *, refuses: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.refuses, self.upserts, self.history, self.exit_codes = refuses, [], [], []  # type: ignore[var-annotated]
-        self.authorizations: set[str | None] = set()
+        self.refuses, self.was_asked = refuses, False
+        self.upserts: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
 
     @property
     def url(self) -> str:
         """Its base URL."""
         return f"http://127.0.0.1:{self.server_port}"
 
-    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """To one GraphQL operation."""
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any] | None:
+        """The data of one GraphQL operation's answer; None for those that a run can do without."""
         owner = {"id": "e", "name": "me"}
         if "RunResumeStatus" in query:
             return {"model": {"id": "p", "name": variables["project"], "entity": owner, "bucket": self._bucket()}}
         if "UpsertBucket" in query:
             self.upserts.append(variables)
-            bucket = {"id": "b", "name": variables["name"], "displayName": "", "config": "{}", "historyLineCount": 0}
-            return {"upsertBucket": {"bucket": bucket | {"project": {"id": "p", "name": "faq", "entity": owner}}}}
-        return {}
+            named = {"id": "b", "name": variables["name"], "displayName": "", "description": "", "sweepName": None}
+            project = {"id": "p", "name": "faq", "entity": owner}
+            bucket = {**named, "config": "{}", "historyLineCount": 0, "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": not self.history}}
+        return None
 
     def stream(self, sent: dict[str, Any]) -> None:
         """A piece of the run's files, at its offset."""
@@ -67,17 +75,18 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         answer: dict[str, Any] = {}
         if self.path == "/graphql":
-            self.server.authorizations.add(self.headers.get("authorization"))
+            self.server.was_asked = True
             sent = json.loads(body)
-            answer = {"data": self.server.answer(sent["query"], sent.get("variables") or {})}
+            data = self.server.answer(sent["query"], sent.get("variables") or {})
+            answer = {"data": data} if data else {"data": None, "errors": [{"message": "not here"}]}
         elif self.path.endswith("/file_stream"):
             self.server.stream(json.loads(body))
-        data = json.dumps(answer).encode()
+        encoded = json.dumps(answer).encode()
         self.send_response(401 if self.server.refuses else 200)
         self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
+        self.send_header("content-length", str(len(encoded)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(encoded)
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
@@ -93,13 +102,24 @@ def wandb_server(*, refuses: bool = False) -> Iterator[WandbServer]:
 
 
 def offline_history(folder: Path) -> list[dict[str, Any]]:
-    """The history rows of the one offline run below the folder."""
+    """The history rows of the one offline run below the folder, which is written to its end moments after `finish`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while "exit" not in (records := _records(folder)):
+        assert time.monotonic() < deadline, "the run was not written to its end"
+    rows = [record.history.item for record in records["history"]]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in rows]
+
+
+def _records(folder: Path) -> dict[str, list[Any]]:
+    """By their kind."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.rglob("*.wandb")
-    records = [Record.FromString(data) for data in _log_records(file.read_bytes())]
-    rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in rows]
+    found = defaultdict(list)
+    for data in _log_records(file.read_bytes()):
+        record = Record.FromString(data)
+        found[record.WhichOneof("record_type")].append(record)
+    return found
 
 
 def _log_records(data: bytes) -> Iterator[bytes]:

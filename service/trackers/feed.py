@@ -1,6 +1,6 @@
 """From our rows to a tracker, on a thread of its own: a tracker can neither slow nor fail a run.
 
-A follower reads the numbers from the database, as anybody may, so nothing waits for it and nothing is queued for it.
+A feed reads the numbers from the database, as anybody may, so nothing waits for it and nothing is queued for it.
 What a tracker could not take is still there when it answers again, and a new attempt sends what the last one's end cut
 off.
 """
@@ -29,7 +29,7 @@ ROWS_AT_A_TIME = 100  # MLflow takes 1000 values in a request
 BEFORE_ALL = -1  # step 0 may have an evaluation
 
 
-class Follower:
+class Feed:
     """Keeps one tracker up to date with one attempt. Starts at once, ends by `end` and `join`."""
 
     def __init__(self, db: Database, tracker: Tracker, run: Run, resumed_step: int) -> None:
@@ -118,10 +118,10 @@ class Follower:
             log.warning("the database did not answer; this event is lost: %s", text)
 
 
-def end_all(followers: Sequence[Follower], *, abandon: bool) -> None:
+def end_all(feeds: Sequence[Feed], *, abandon: bool) -> None:
     """End them at the same time, and wait for the slowest, but not for long."""
-    for follower in followers:
-        follower.end(abandon=abandon)
+    for feed in feeds:
+        feed.end(abandon=abandon)
     deadline = time.monotonic() + FLUSH_S
-    for follower in followers:
-        follower.join(0.0 if abandon else max(0.0, deadline - time.monotonic()))
+    for feed in feeds:
+        feed.join(0.0 if abandon else max(0.0, deadline - time.monotonic()))
