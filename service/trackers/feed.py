@@ -106,7 +106,7 @@ class Feed:
     def _warn(self, error: Exception) -> None:
         reason = redact(" ".join(str(error).split()) or type(error).__name__)[:300]
         log.warning("%s failed: %s", self._tracker.name, reason)
-        self._say(f"{self._tracker.name} could not be reached: {reason}. The job goes on without it.", level="warn")
+        self._say(f"{self._tracker.name} could not be reached: {reason}. The job does not depend on it.", level="warn")
 
     def _say(self, text: str, *, level: str) -> None:
         """Once per job and level, however many attempts and failures there are."""
