@@ -122,6 +122,12 @@ def test_imports_without_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_tracker_libraries_wait_for_a_run_that_needs_them() -> None:
+    code = "import sys, service.app, service.jobs.run_actor, service.trackers.chosen; "
+    code += "assert not {'wandb', 'mlflow', 'tensorboard'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_the_contract_needs_no_service_library() -> None:
     heavy = "('ray', 'fastapi', 'sqlalchemy', 'transformers', 'datasets')"
     code = f"import sys, {', '.join(sorted(CONTRACT))}; assert not [m for m in {heavy} if m in sys.modules]"

@@ -13,11 +13,13 @@ from service.api.schemas import CreateJob
 from service.api.start_model import find_start
 from service.api.sweep_checks import check_sweep
 from service.auth import Caller
-from service.errors import InvalidRequest, NotFound
+from service.errors import InvalidRequest, NotFound, UnsupportedParameter
 from service.jobs.states import JobKind
 from service.platform import Platform
+from service.settings import Settings
 from service.store import events, files, jobs, keys
 from service.store.tables import File, Job
+from service.trackers.chosen import why_no_wandb
 from training.artifact import canonical_json
 from training.spec import AUTO, EarlyStopping, Hyperparameters, TrainSpec
 
@@ -44,6 +46,7 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
     first = _first_of_retries(tx, request_hash, platform.settings.retry_window_s, attempt)
     if first is not None:
         return first
+    _check_integrations(body, platform.settings)
     spec = build_spec(tx, platform, who, body)
     job = jobs.create(
         tx,
@@ -61,7 +64,7 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
         request={**sent, MADE_BY_RETRY: True} if attempt.retry_count else sent,
         request_hash=request_hash,
         spec=spec.model_dump(mode="json"),
-        user_metadata=body.metadata,
+        user_metadata=body.metadata or None,  # an empty object is none, also to the list's `metadata=null`
     )
     events.add(tx, job, f"Created fine-tuning job: {job.id}")
     events.add(tx, job, f"Validating training file: {body.training_file}")
@@ -130,6 +133,13 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         raise InvalidRequest(
             f"Invalid value for 'num_workers': this service allows at most {max_workers}.", param="num_workers"
         )
+
+
+def _check_integrations(body: CreateJob, settings: Settings) -> None:
+    why_not = why_no_wandb(settings)
+    if body.integrations and why_not:
+        message = f"Unsupported parameter: 'integrations.0' asks for Weights & Biases. {why_not}"
+        raise UnsupportedParameter(message, param="integrations.0")
 
 
 def _usable_file(tx: Session, who: Caller, file_id: str, param: str) -> File:

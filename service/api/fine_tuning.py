@@ -153,7 +153,8 @@ def list_events(
         return StreamingResponse(follower.frames(), media_type="text/event-stream", headers=SSE_HEADERS)
     with platform.db.read() as tx:
         jobs.get(tx, who.project_id, job_id)
-        rows, has_more = page(tx, Event, Page(after, limit), *events.of_job(job_id))
+        own = events.of_job(job_id)
+        rows, has_more = page(tx, Event, Page(after, limit), *own, cursor_in=own)
     return list_page([event_json(event) for event in rows], has_more)
 
 

@@ -84,10 +84,6 @@ def _refuse(value: Any, why: str) -> Any:
     return None
 
 
-def _no_integrations(value: Any) -> Any:
-    return _refuse(value, "Unsupported parameter: 'integrations'. This service sends nothing to third parties.")
-
-
 def _no_reinforcement(value: Any) -> Any:
     if value == "reinforcement":
         why = (
@@ -198,6 +194,29 @@ class WireEarlyStopping(EarlyStopping):
     model_config = ConfigDict(strict=True)
 
 
+def _wandb_project(name: str) -> str:
+    """What W&B itself would refuse, when the run has begun already."""
+    if set(name) & set("/\\#?%:"):
+        raise ValueError("it must not contain any of / \\ # ? % :")
+    return name
+
+
+class Wandb(Wire):
+    """Where in Weights & Biases the job's numbers go."""
+
+    project: Annotated[Text, Field(min_length=1, max_length=128), AfterValidator(_wandb_project)]
+    name: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    entity: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    tags: Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], Field(max_length=64)] | None = None
+
+
+class Integration(Wire):
+    """A tracker that this job wants; others are switched on for all jobs by settings."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
 class CreateJob(Wire):
     """Body of POST /v1/fine_tuning/jobs: OpenAI's fields, then ours."""
 
@@ -207,7 +226,7 @@ class CreateJob(Wire):
     suffix: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_safe_suffix)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
-    integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
     hyperparameters: TopHyperparameters | None = None
     method: Method | None = None
 

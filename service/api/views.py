@@ -48,7 +48,7 @@ def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
         "method": {"type": job.method, job.method: {"hyperparameters": chosen}},
         "seed": job.spec["seed"],
         "error": job.error,
-        "integrations": None,
+        "integrations": _integrations_json(job),
         "metadata": job.user_metadata,
         "suffix": job.suffix,
         "adapter": _adapter_json(job.spec["adapter"]),
@@ -123,6 +123,12 @@ def plan_json(plan: Json, seed: int | None) -> Json:
             **{name: spec[name] for name in RESOLVED_FIELDS},
         },
     }
+
+
+def _integrations_json(job: Job) -> list[Json] | None:
+    asked = job.request.get("integrations") or []
+    names = ("project", "name", "entity", "tags")
+    return [{"type": one["type"], "wandb": {name: one["wandb"].get(name) for name in names}} for one in asked] or None
 
 
 def _adapter_json(adapter: Json | None) -> Json:

@@ -172,7 +172,7 @@ class InProcessLauncher:
 
     def start(self, run: Run, job: Job) -> None:
         """Start the driver's thread."""
-        driver = RunDriver(self._db, self._storage, run, self._fit, self._settings.max_attempts)
+        driver = RunDriver(self._db, self._storage, run, self._fit, self._settings)
         thread = threading.Thread(target=driver.work, name=f"run-{run.id}", daemon=True)
         self._locals[run.id] = _Local(driver, thread, num_workers_of(job))
         thread.start()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.store.tables import Metric
@@ -45,3 +45,10 @@ def evaluations(tx: Session, job_ids: Iterable[str]) -> list[Metric]:
 def trained_tokens(tx: Session, job_id: str) -> int:
     """Tokens with a loss that the job's curve stands for; repeated steps count once."""
     return sum(row.data["num_trained_tokens"] for row in merged(tx, job_id, "step"))
+
+
+def of_attempt(tx: Session, job_id: str, attempt: int, after: Mapping[str, int], limit: int) -> list[Metric]:
+    """The attempt's next rows in the order in which they were stored; `after` holds the last step of each kind."""
+    is_new = or_(*((Metric.kind == kind) & (Metric.step > step) for kind, step in after.items()))
+    of_run = select(Metric).where(Metric.job_id == job_id, Metric.attempt == attempt, is_new)
+    return list(tx.scalars(of_run.order_by(Metric.step, Metric.kind.desc()).limit(limit)))  # "step" before "eval"

@@ -328,11 +328,14 @@ def test_jobs_are_filtered_by_metadata(project_client: OpenAI, training_file: st
         return [job.id for job in project_client.fine_tuning.jobs.list(**query)]
 
     one, two = create({"team": "a", "the run": "1"}), create({"team": "a", "the run": "2"})
-    without = [create({"team": "b"}), create(None)]
+    without = [create({"team": "b"}), create(None), create({})]
+    assert project_client.fine_tuning.jobs.retrieve(without[2]).metadata is None
+    named = create({"größe": "groß"})
     assert found(metadata={"team": "a"}) == [two, one]
     assert found(metadata={"team": "a", "the run": "1"}) == [one]
     assert found(metadata={"team": "c"}) == []
-    assert found(extra_query={"metadata": "null"}) == [without[1]]
+    assert found(metadata={"größe": "groß"}) == [named]
+    assert found(extra_query={"metadata": "null"}) == [without[2], without[1]]
     for name in ("metadata[", "metadata[]", 'metadata[a"b]', "metadata[a\\b]"):
         with pytest.raises(openai.BadRequestError):
             found(extra_query={name: "x"})

@@ -250,6 +250,22 @@ def test_metadata_filters_find_only_matching_jobs(db: Database) -> None:
         assert [row.id for row in rows] == [plain.id]
 
 
+def test_metadata_is_found_by_names_in_any_script(db: Database) -> None:
+    with db.write() as tx:
+        job = add_job(tx, user_metadata={"größe": "groß 🦙", "a.b c": "1"})
+        add_job(tx, user_metadata={"größe": "klein"})
+        for name, value in {"größe": "groß 🦙", "a.b c": "1"}.items():
+            rows, _ = page(tx, Job, Page(), *jobs.in_project(DEFAULT_PROJECT, {name: value}))
+            assert [row.id for row in rows] == [job.id]
+
+
+def test_half_a_surrogate_pair_in_a_report_is_stored_as_it_came(db: Database) -> None:
+    with db.write() as tx:
+        job = add_job(tx, error={"message": "line 1: 'ö\ud800'"})
+    with db.read() as tx:
+        assert jobs.by_id(tx, job.id).error == {"message": "line 1: 'ö\ud800'"}
+
+
 def test_a_taken_over_lease_fences_its_former_holder(db: Database) -> None:
     with db.write() as tx:
         first = leases.acquire(tx, "orchestrator", "a", ttl_s=60)
