@@ -33,8 +33,8 @@ _SHORTEST_SHARE = 0.7  # of the longest text in a padded group, so that at most 
 def load_classifier(
     folder: Path, labels: tuple[str, ...], seed: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The base with a new head for `labels`, and the names of its modules that the base has no weights for. The same
-    seed gives the same new weights everywhere."""
+    """The base with a new head for `labels`, and the names of the modules that are new. The same seed gives the same
+    new weights everywhere. Failure if the base lacks weights of its own."""
     config = read_json(folder / "config.json")
     packed = is_packed(config)
     transformers_logging.disable_progress_bar()
@@ -57,7 +57,7 @@ def load_classifier(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(folder)
     torch.nn.Module.to(model, device)
-    return model.train(), tuple(_new_modules(model, set(info["missing_keys"])))
+    return model.train(), _new_heads(model, set(info["missing_keys"]))
 
 
 @contextmanager
@@ -91,6 +91,16 @@ def _padding(folder: Path) -> int | None:
     renderer = Renderer.load(folder)
     pad = renderer.special_tokens.get("pad_token")
     return renderer.tokenizer.token_to_id(pad) if pad else renderer.eos_token_id
+
+
+def _new_heads(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """Modules behind the base's own that it has no weights for; a pooler often is one of them."""
+    own = f"{model.base_model_prefix}."
+    new = tuple(name for name in _new_modules(model, missing) if not name.startswith(own) or name.endswith(".pooler"))
+    lost = [key for key in sorted(missing) if not key.startswith(tuple(f"{name}." for name in new))]
+    if lost:
+        raise Failure("invalid_base_model", f"The base model has no weights for {lost[0]}.", "model")
+    return new
 
 
 def _new_modules(model: PreTrainedModel, missing: set[str]) -> Iterator[str]:
@@ -140,7 +150,7 @@ def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
         mask = (torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]).long()
         if _is_causal(model):
             hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logits.append(_score(model)(hidden[torch.arange(len(lengths)), lengths - 1]))
+            logits.append(_score(model)(hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]))
         else:
             logits.append(model(input_ids=input_ids, attention_mask=mask).logits)
     return torch.cat(logits)

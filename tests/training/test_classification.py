@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from tests.training.labelled import BERT, LABELS, labelled_rows, make_encoder, make_labelled_spec, write_labelled
 from tests.training.runs import BASE_KEY, GPT_NEO, LLAMA, Recorder, make_base, make_spec
+from training import auto
 from training.attention import PACKED
 from training.batches import Batches, collate
 from training.classifier import label_config, load_classifier
@@ -90,7 +93,8 @@ def test_every_type_gives_the_logits_and_gradients_of_transformers(storage: Stor
 def test_fp32_losses_of_50_steps_are_those_of_a_plain_loop(storage: Storage, tmp_path: Path) -> None:
     base = make_encoder(storage)
     rows = write_labelled(storage, "files/many", labelled_rows(200))
-    spec = make_labelled_spec(storage, base, training_key=rows, n_epochs=1, learning_rate=1e-3, warmup_ratio=0.0)
+    changes = {"n_epochs": 1, "learning_rate": 1e-3, "warmup_ratio": 0.0, "checkpoint_interval": 50}
+    spec = make_labelled_spec(storage, base, training_key=rows, **changes)
     channel = Recorder()
     assert run(spec, storage, "runs/one", channel, tmp_path).status == "finished"
     ours = [item.train_loss for item in channel.of(StepMetrics)]
@@ -146,7 +150,7 @@ def test_a_full_artifact_is_a_classifier_of_transformers(
 ) -> None:
     base = make_encoder(storage, model) if model is BERT else make_base(storage, model)
     valid = write_labelled(storage, "files/valid", labelled_rows(20, first=100))
-    changes = {"validation_key": valid, "n_epochs": 8, "learning_rate": 3e-3, "eval_interval": 2}
+    changes = {"validation_key": valid, "n_epochs": 8, "learning_rate": 3e-3, "eval_interval": 8}
     spec = make_labelled_spec(storage, base, precision=precision, max_length=128, **changes)
     channel = Recorder()
     assert run(spec, storage, "runs/one", channel, tmp_path).status == "finished"
@@ -175,7 +179,8 @@ def test_a_full_artifact_is_a_classifier_of_transformers(
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "albert", "llama"])
 def test_an_adapter_with_its_head_is_loaded_by_peft(storage: Storage, tmp_path: Path, model_type: str) -> None:
     base = base_of_type(storage, model_type)
-    changes = {"validation_key": "files/labelled", "n_epochs": 20, "learning_rate": 0.01, "eval_interval": 30}
+    changes = {"validation_key": "files/labelled", "n_epochs": 20, "learning_rate": 0.01, "eval_interval": 60}
+    changes |= {"checkpoint_interval": 60}
     spec = make_labelled_spec(storage, base, lora=True, **changes)
     assert run(spec, storage, "runs/one", Recorder(), tmp_path).status == "finished"
     folder, base_folder = storage.local_folder("runs/one/artifact"), Path(storage.path(BASE_KEY))
@@ -197,7 +202,9 @@ def test_an_adapter_with_its_head_is_loaded_by_peft(storage: Storage, tmp_path: 
 
 
 def test_a_bf16_adapter_trains_its_new_head_in_fp32(storage: Storage, tmp_path: Path) -> None:
-    spec = make_labelled_spec(storage, make_encoder(storage), lora=True, precision="bf16", n_epochs=20)
+    spec = make_labelled_spec(
+        storage, make_encoder(storage), lora=True, precision="bf16", n_epochs=10, checkpoint_interval=30
+    )
     channel = Recorder()
     assert run(spec, storage, "runs/one", channel, tmp_path).status == "finished"
     steps = channel.of(StepMetrics)
@@ -213,6 +220,17 @@ def test_packing_is_used_where_the_architecture_allows_it(storage: Storage, tmp_
     )
     assert packed.config._attn_implementation == PACKED
     assert padded_.config._attn_implementation != PACKED
+
+
+def test_a_base_without_weights_of_its_own_is_refused(storage: Storage, tmp_path: Path) -> None:
+    spec = make_labelled_spec(storage, make_encoder(storage))
+    file = Path(storage.path(BASE_KEY)) / "model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    outcome = run(spec, storage, "runs/one", Recorder(), tmp_path)
+    assert (outcome.status, outcome.code) == ("failed", "invalid_base_model")
+    assert "encoder.layer.1.output.dense.weight" in (outcome.message or "")
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------
@@ -290,6 +308,34 @@ def test_a_base_that_cannot_do_the_method_is_refused(storage: Storage, tmp_path:
     base = make_base(other, {**LLAMA, "model_type": "granite"})
     error = refused(other, asked(other, base, labelled_rows()))
     assert (error.code, error.param) == ("invalid_base_model", "model")
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "words"),
+    [
+        (
+            "classification",
+            {"text": "a cat"},
+            "a text record, and the method classification learns from classification",
+        ),
+        ("supervised", {"text": "a cat", "label": "cat"}, "a classification record, and the method supervised learns"),
+    ],
+)
+def test_rows_of_another_method_are_refused(storage: Storage, method: str, row: dict[str, str], words: str) -> None:
+    changes: dict[str, Any] = {} if method == "classification" else {"method": method, "classification": None}
+    spec = asked(storage, make_base(storage), [row] * 12).model_copy(update=changes)
+    error = refused(storage, spec)
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert f"line 1: {words}" in error.message
+
+
+def test_the_rules_of_auto_for_classifiers() -> None:
+    rate = partial(auto.learning_rate, method="classification")
+    assert [rate(width, lora=False) for width in (32, 384, 768, 4096)] == [5e-4, 3e-4, 7.5e-5, 1e-5]
+    assert rate(384, lora=True) == auto.learning_rate(384, lora=True)
+    assert [auto.n_epochs(count, "classification") for count in (10, 10_003, 1_000_000)] == [10, 5, 3]
+    assert [auto.batch_size(count, 1, "classification") for count in (12, 500, 10_003)] == [6, 15, 32]
+    assert [auto.precision(count, "classification") for count in (1_000_000, 22_000_000)] == ["fp32", "bf16"]
 
 
 def test_lora_cannot_take_a_part_of_the_new_head(storage: Storage) -> None:
