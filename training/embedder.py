@@ -27,22 +27,25 @@ if TYPE_CHECKING:
 
 
 def load_embedder(folder: Path, seed: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base without the head of its pre-training; `embeddings` finds its pooling in `model.pooling`. What the base
-    has no weights for (a pooler that pooling does not use) is the same everywhere with the same seed."""
+    """The base without the head of its pre-training; `embeddings` finds its pooling in `model.pooling`. A pooler, which
+    no embedding uses, may be missing, and is the same everywhere with the same seed. Failure if other weights are."""
     transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
         pooling = read_pooling(folder)
-        model = AutoModel.from_pretrained(
+        model, info = AutoModel.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **({"attn_implementation": PACKED} if is_packed(read_json(folder / "config.json")) else {}),
         )
     except (ValueError, KeyError) as error:  # an architecture that this transformers does not know, or a broken config
         raise Failure("invalid_base_model", f"The base model cannot be loaded: {error}", "model") from error
+    if lost := [name for name in sorted(info["missing_keys"]) if not name.startswith("pooler.")]:
+        raise Failure("invalid_base_model", f"The base model has no weights for {lost[0]}.", "model")
     model.pooling = pooling
     nn.Module.to(model, device)
     return model.train()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over what the method counts in the validation set: trained tokens, pairs, or texts."""
+    """Means over what the method counts in the validation set: trained tokens, pairs, texts, or anchors."""
 
     loss: float
     accuracy: float

@@ -39,8 +39,9 @@ class Message(Item):
 
 class StepMetrics(Item):
     """One optimizer step. Loss and accuracy are means over what the method counts in the whole (global) batch: trained
-    tokens predicted right (supervised), pairs whose better answer has the larger reward (dpo). OpenAI's name of the
-    field is kept for both."""
+    tokens predicted right (supervised), pairs whose better answer has the larger reward (dpo), texts whose label is the
+    likeliest (classification), anchors nearest to their own positive (embedding). OpenAI's name of the field is kept
+    for all."""
 
     kind: Literal["step"] = "step"
     step: int  # 1-based, counts optimizer steps

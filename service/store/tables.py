@@ -130,7 +130,7 @@ class BaseModel(Owned, Base):
     content_hash: Mapped[str | None] = mapped_column(String(64))
     manifest_hash: Mapped[str | None] = mapped_column(String(64))
     fingerprint: Mapped[dict[str, Any] | None]
-    capabilities: Mapped[list[Any]]  # of "chat", "completions"
+    capabilities: Mapped[list[Any]]  # of "chat", "completions", "classify", "embed"
     architecture: Mapped[str | None] = mapped_column(String(128))
     num_parameters: Mapped[int | None] = mapped_column(BigInteger)
     max_context: Mapped[int | None]  # tokens

@@ -36,6 +36,7 @@ from tests.engine.encoders import (
     save_classifier,
     save_encoder,
 )
+from training.artifact import BrokenFolder
 from training.pooling import PoolingError
 
 TEXTS = [
@@ -174,6 +175,13 @@ async def test_an_adapter_that_is_not_understood_is_refused(
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterMismatch, match=message):
         async with running(base, "embed", adapter=tmp_path / "adapter"):
+            pass
+
+
+async def test_a_head_that_nobody_trained_is_not_served(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path)
+    with pytest.raises(BrokenFolder, match=r"no weights for classifier\.bias"):
+        async with running(folder, "classify"):
             pass
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, PreTrainedModel
 
@@ -23,6 +24,7 @@ from training.bases import BaseError, import_base
 from training.batches import collate
 from training.embedder import load_embedder
 from training.examples import ExamplesError, load_examples
+from training.failure import Failure
 from training.loop import run
 from training.methods import embedding
 from training.plan import PlanError, plan
@@ -310,6 +312,20 @@ def test_the_limit_of_the_layout_binds_training_too(storage: Storage, tmp_path: 
     )
     with pytest.raises(PlanError, match="at most 7 are allowed"):
         plan(spec, storage)
+
+
+def test_a_base_without_a_layer_is_refused_and_one_without_a_pooler_is_not(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    first, second = (load_embedder(folder, 3, torch.float32, CPU).state_dict() for _ in range(2))
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+    lost = kept.pop("encoder.layer.1.output.dense.weight")
+    assert lost.numel()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failure, match=r"no weights for encoder\.layer\.1\.output\.dense\.weight"):
+        load_embedder(folder, 3, torch.float32, CPU)
 
 
 def test_a_pooling_that_cannot_be_run_is_refused_at_import(storage: Storage, tmp_path: Path) -> None:

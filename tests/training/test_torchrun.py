@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.training import test_embedding
 from tests.training.labelled import make_encoder, make_labelled_spec
 from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
 from training.artifact import read_manifest
@@ -100,6 +101,25 @@ def test_two_workers_share_texts_and_report_on_all_of_them(storage: Storage) -> 
     reports = [json.loads(storage.read_bytes(f"runs/{run}/artifact/evaluation.json")) for run in ("two", "alone")]
     assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
     assert reports[0]["temperature"] == pytest.approx(reports[1]["temperature"], rel=1e-3)
+
+
+def test_two_workers_with_pools_of_their_own_resume_to_the_bit(storage: Storage, tmp_path: Path) -> None:
+    base = test_embedding.make_encoder(storage, tmp_path)
+    fields = {
+        "num_workers": 2,
+        "batch_size": 8,
+        "n_epochs": 2,
+        "validation_key": "files/pairs",
+        "checkpoint_interval": 2,
+    }
+    spec = test_embedding.make_spec(storage, base, **fields)
+    whole = train(storage, spec, "runs/one")
+    last = "runs/one/checkpoints/step-000004"
+    expected = storage.read_bytes(f"{last}/optimizer.safetensors")
+    for key in ("runs/one/artifact", last):
+        storage.delete(key)
+    assert train(storage, spec, "runs/one") == whole[-3:]
+    assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
 
 
 def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:

@@ -20,7 +20,7 @@ class LossSums(NamedTuple):
 
     loss: torch.Tensor  # to differentiate
     num_correct: torch.Tensor  # right ones among what is counted
-    num_counted: int  # trained tokens, pairs of answers, or texts
+    num_counted: int  # trained tokens, pairs of answers, texts, or anchors
     others: torch.Tensor | None = None  # [len(MEANS)], in their order
     logits: torch.Tensor | None = None  # [examples, labels] where a report is made of them
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from service.engine.protocol import AdapterMismatch
+from training.artifact import BrokenFolder
 from training.pooling import Pooling, read_pooling
 
 if TYPE_CHECKING:
@@ -45,23 +46,27 @@ class EncoderRunner:
         num_threads: int | None = None,
     ) -> None:
         """`adapter` is a LoRA folder of the PEFT layout for the weights in `folder`; AdapterMismatch if it does not
-        fit. What the model says of itself (labels, temperature, pooling) is read from the fine-tune, not its base."""
+        fit, BrokenFolder if weights are missing in both. What the model says of itself (labels, temperature, pooling)
+        is read from the fine-tune, not its base."""
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         transformers_logging.disable_progress_bar()
         own = adapter or folder
         config = AutoConfig.from_pretrained(own if (own / "config.json").is_file() else folder, local_files_only=True)
         auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModel
-        model: PreTrainedModel = auto.from_pretrained(
+        model: PreTrainedModel
+        model, info = auto.from_pretrained(
             folder,
             config=config,
             dtype=_DTYPES[dtype],
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-        if adapter is not None:
-            merge_adapter(model, adapter)
+        lost = set(info["missing_keys"]) - (merge_adapter(model, adapter) if adapter is not None else set())
+        if lost := {name for name in lost if not (task == "embed" and name.startswith("pooler."))}:
+            raise BrokenFolder(f"{folder.name}: no weights for {min(lost)}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_tokens = _GPU_BATCH_TOKENS if self.device.type == "cuda" else _CPU_BATCH_TOKENS
         nn.Module.to(model, self.device)
@@ -112,15 +117,16 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, folder: Path) -> None:
-    """Add a LoRA adapter's products to the weights they adapt, and put in what it saved whole, such as a label head.
+def merge_adapter(model: nn.Module, folder: Path) -> set[str]:
+    """Add a LoRA adapter's products to the weights they adapt, and put in what it saved whole, such as a label head;
+    returns the names of the latter.
 
     W + scale * B A in fp32, with scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
     config = json.loads((folder / "adapter_config.json").read_text())
     unknown = [name for name in ("use_dora", "lora_bias", "alpha_pattern", "use_qalora") if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
         raise AdapterMismatch(f"the adapter uses {', '.join(unknown) or 'another method than plain LoRA'}")
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights, whole = load_file(folder / "adapter_model.safetensors"), set()
     for key, value in weights.items():
         name = key.removeprefix(_PREFIX)
         if name.endswith(".lora_B.weight"):
@@ -135,8 +141,10 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
             else:
                 target = model.get_parameter(name)
                 target.copy_(value.view_as(target))
+                whole.add(name)
         except (AttributeError, KeyError, RuntimeError) as error:
             raise AdapterMismatch(f"the adapter's {key} does not fit its base: {error}") from error
+    return whole
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
