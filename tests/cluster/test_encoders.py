@@ -34,11 +34,12 @@ def test_a_base_encoder_embeds_and_does_not_chat(client: OpenAI, encoder: str) -
 
 def test_a_classifier_is_trained_and_decides(client: OpenAI, encoder: str) -> None:
     rows = [{"text": f"{text} {i}", "label": label} for i in range(12) for label, text in TEXTS.items()]
-    hyper: Any = {"n_epochs": 6, "batch_size": 12, "learning_rate": 0.02}
+    hyper: Any = {"n_epochs": 12, "batch_size": 12, "learning_rate": 0.02}
     job = client.fine_tuning.jobs.create(
         model=encoder,
         training_file=upload(client, rows),
         method={"type": "classification", "classification": {"hyperparameters": hyper}},  # type: ignore[typeddict-item]
+        seed=0,
         extra_body={"adapter": {"type": "lora"}},
     )
     job = await_job(client, job.id)
