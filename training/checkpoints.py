@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import load_file
 
 from training.artifact import MANIFEST, REPORT_FILE, commit, read_manifest
@@ -69,10 +70,15 @@ class Checkpoints:
         return TrainerState.model_validate_json(self.storage.read_bytes(f"{self.key(step)}/{STATE_FILE}"))
 
     def save(
-        self, exporter: Exporter, state: TrainerState, scratch_dir: Path, report: dict[str, Any] | None = None
+        self,
+        exporter: Exporter,
+        state: TrainerState,
+        tensors: dict[str, torch.Tensor],
+        scratch_dir: Path,
+        report: dict[str, Any] | None = None,
     ) -> str:
-        """Write and commit the checkpoint of `state.step`, with the report on its evaluation if there is one; returns
-        its manifest's hash."""
+        """Write and commit the checkpoint of `state.step`, whose trainer gave `tensors`, with the report on its
+        evaluation if there is one; returns its manifest's hash."""
         texts = {STATE_FILE: state.model_dump_json(indent=2).encode()}
         if report is not None:
             texts[REPORT_FILE] = json.dumps(report, indent=2, ensure_ascii=False).encode()
@@ -81,7 +87,7 @@ class Checkpoints:
             self.key(state.step),
             scratch_dir,
             state.step,
-            exporter.trainer.state(),
+            tensors,
             texts,
         )
 
@@ -96,7 +102,7 @@ class Checkpoints:
         if not steps:
             return None
         manifest = read_manifest(self.storage, self.key(steps[-1]))
-        if manifest is None or manifest.spec != self.spec:
+        if manifest is None or manifest.spec is None or not manifest.spec.trains_like(self.spec):
             raise Failure("checkpoint_mismatch", "The run folder holds checkpoints of another specification.")
         folder = self.storage.local_folder(self.key(steps[-1]))
         exporter.trainer.load_state(load_file(folder / OPTIMIZER_FILE))

@@ -6,6 +6,7 @@ what they took with what is said here, and prints the ratio of each: fit the con
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, cast
 
@@ -20,18 +21,20 @@ if TYPE_CHECKING:
 
 Counts = npt.NDArray[np.int64]  # one number per example
 
-# -- constants of the memory model, fitted on a CPU with torch 2.13 and transformers 5.23 -----------------------------
+# -- constants of the memory model, fitted on a CPU with torch 2.13 and transformers 5.23 ------------------------------
 
-PROCESS_BYTES = 513_000_000  # Python with torch, transformers and datasets imported, before any model
+PROCESS_BYTES = 470_000_000  # Python with torch, transformers and datasets imported, before any model
 ADAM_BYTES = 12  # per trained number: gradient, and Adam's two moments, all in fp32
 # Numbers that a layer keeps per token for its backward pass, in multiples of the width (h) and of the MLP's width (i),
 # beside keys and values: inputs of the attention's and the MLP's matrices (3h), queries and attention's output (2h),
 # gate, its activation, up and their product (4i); a trained norm keeps its normalised input as well (2h).
 KEPT_WIDTHS, KEPT_MLP_WIDTHS, KEPT_NORM_WIDTHS = 5, 4, 2
 FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
-LOGIT_BYTES = 22.6  # per trained token and entry of the vocabulary: logits, log-probabilities, gradients of both
-HELD = {True: 1.39, False: 1.02}  # bytes held for each byte of activations; by whether an adapter is trained: its
+LOGIT_BYTES = 25.0  # per trained token and entry of the vocabulary: logits, log-probabilities, their gradients
+HELD = {True: 1.28, False: 0.97}  # bytes held for each byte of activations; by whether an adapter is trained: its
 # layers make one output more than they keep
+SHAPE_BYTES = 26_000_000  # per size of a micro-batch in bf16 on a CPU: oneDNN keeps compiled products of each shape,
+MAX_SHAPES = 48  # up to 1024 of them, and they keep the allocator's gaps open
 
 MAX_EPOCHS_SEEN = 4  # the largest micro-batch hardly grows with more of them
 
@@ -43,22 +46,59 @@ CHECKPOINT_BYTES_PER_S = 2e8  # written, hashed, and copied to storage
 FORWARD_SHARE = {True: 1 / 2, False: 1 / 3}  # of a step's time; by whether an adapter is trained
 
 
-def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> int:
-    """Peak bytes of one worker's process: of a resolved spec whose examples have so many tokens, and so many of them
-    with a loss.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What one worker holds, in bytes."""
 
-    The process itself, weights, gradients, Adam's moments, activations and logits of the largest micro-batch. Loading
-    takes the stored weights beside those in the run's precision, which for an adapter on a small batch is the peak.
+    weights: int  # in the run's precision
+    state: int  # weights, their fp32 masters, gradients and Adam's moments
+    activations: int  # kept by the largest micro-batch for its backward pass
+    logits: int  # its trained tokens times the vocabulary
+    num_shapes: int  # sizes of micro-batches that oneDNN has to know
+
+
+def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts, *, on_gpu: bool = False) -> int:
+    """Peak bytes of one worker's process, or of what it holds on a GPU: of a resolved spec whose examples have so many
+    tokens, and so many of them with a loss.
+
+    Loading takes the stored weights beside those in the run's precision, which for an adapter on a small batch is the
+    peak. On a GPU there is no process and no oneDNN; that case was not fitted.
     """
+    held = parts(spec, shape, tokens, trained)
+    batch = HELD[spec.adapter is not None] * held.activations + LOGIT_BYTES * held.logits
+    if on_gpu:
+        return held.state + round(batch)
+    training = held.state + round(batch) + SHAPE_BYTES * held.num_shapes
+    return PROCESS_BYTES + max(training, held.weights + shape.weights_bytes)
+
+
+def parts(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> Parts:
+    """What `peak_memory` is made of; the benchmark fits the constants to it."""
     weights = _compute_bytes(spec) * shape.num_parameters
     num_trained = trained_parameters(spec, shape)
     masters = 0 if spec.adapter is None and spec.precision == "fp32" else 4 * num_trained
-    per_token = HELD[spec.adapter is not None] * _activation_bytes(spec, shape)
-    per_trained = LOGIT_BYTES * shape.vocab_size
-    batch = _largest_micro_batch(spec, (tokens * per_token + trained * per_trained).astype(np.int64))
-    training = weights + masters + ADAM_BYTES * num_trained + batch
-    loading = weights + shape.weights_bytes
-    return PROCESS_BYTES + max(training, loading)
+    state = weights + masters + ADAM_BYTES * num_trained
+    if spec.parallel == "fsdp":
+        state = _sharded_state(spec, shape)
+    batch_tokens, batch_trained = _largest_micro_batch(spec, shape, tokens, trained)
+    return Parts(
+        weights=weights,
+        state=state,
+        activations=batch_tokens * _activation_bytes(spec, shape),
+        logits=batch_trained * shape.vocab_size,
+        num_shapes=min(MAX_SHAPES, _num_micro_batches(spec, len(tokens))) if spec.precision == "bf16" else 0,
+    )
+
+
+def _sharded_state(spec: TrainSpec, shape: ModelShape) -> int:
+    """This worker's share of weights, masters, gradients and moments, and what is gathered at a time: everything
+    outside of the layers, and two layers, with the gradients of what is trained; an adapter is whole everywhere."""
+    width, num_trained = _compute_bytes(spec), trained_parameters(spec, shape)
+    in_layers = shape.num_layer_parameters
+    gathered = shape.num_parameters - in_layers + 2 * in_layers // shape.num_layers
+    if spec.adapter is None:
+        return (4 + ADAM_BYTES) * num_trained // spec.num_workers + 2 * width * gathered
+    return width * (shape.num_parameters // spec.num_workers + gathered) + (4 + ADAM_BYTES) * num_trained
 
 
 def trained_parameters(spec: TrainSpec, shape: ModelShape) -> int:
@@ -126,18 +166,29 @@ def _activation_bytes(spec: TrainSpec, shape: ModelShape) -> int:
     return shape.num_layers * (kept * width + 4 * FP32_WIDTHS * hidden) + low_rank * width
 
 
-def _largest_micro_batch(spec: TrainSpec, sizes: Counts) -> int:
-    """The largest sum of sizes over the examples of one micro-batch, in the order that a run of this seed takes."""
+def _num_micro_batches(spec: TrainSpec, num_examples: int) -> int:
+    """Of one worker in the whole run."""
+    hyper = spec.hyperparameters
+    num_steps = cast(int, hyper.n_epochs) * ceil(num_examples / cast(int, hyper.batch_size))
+    return num_steps * cast(int, hyper.gradient_accumulation_steps)
+
+
+def _largest_micro_batch(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> tuple[int, int]:
+    """Tokens, and those with a loss, of the micro-batch that holds most, in the order that a run of this seed takes."""
+    per_token = HELD[spec.adapter is not None] * _activation_bytes(spec, shape)
+    cost = per_token * tokens + LOGIT_BYTES * shape.vocab_size * trained
     hyper = spec.hyperparameters
     batch_size = cast(int, hyper.batch_size)
-    num_steps = ceil(len(sizes) / batch_size)
-    padded = np.zeros(num_steps * batch_size, dtype=np.int64)
-    largest = 0
+    num_steps = ceil(len(tokens) / batch_size)
+    order = np.full(num_steps * batch_size, len(tokens))
+    cost, tokens, trained = (np.append(column, 0) for column in (cost, tokens, trained))  # where a batch is short
+    best = (0.0, 0, 0)
     for epoch in range(min(cast(int, hyper.n_epochs), MAX_EPOCHS_SEEN)):
-        padded[: len(sizes)] = sizes[np.random.default_rng([spec.seed, epoch]).permutation(len(sizes))]
-        steps = padded.reshape(num_steps, batch_size)
+        order[: len(tokens) - 1] = np.random.default_rng([spec.seed, epoch]).permutation(len(tokens) - 1)
+        steps = order.reshape(num_steps, batch_size)
         for rank in range(spec.num_workers):
             share = steps[:, rank :: spec.num_workers]
-            parts = np.array_split(share, cast(int, hyper.gradient_accumulation_steps), axis=1)
-            largest = max(largest, *(int(part.sum(axis=1).max()) for part in parts))
-    return largest
+            for part in np.array_split(share, cast(int, hyper.gradient_accumulation_steps), axis=1):
+                row = part[cost[part].sum(axis=1).argmax()]
+                best = max(best, (float(cost[row].sum()), int(tokens[row].sum()), int(trained[row].sum())))
+    return best[1:]

@@ -46,9 +46,12 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            for start in range(0, len(mine), micro_batch_size):
+            # As many passes as the first worker, which has the most: sharded weights need all workers in each.
+            for start in range(0, len(range(0, len(examples), workers.size)), micro_batch_size):
                 indices = list(mine[start : start + micro_batch_size])
-                found = loss_sums(model, collate(examples[indices]).to(workers.device))
+                found = loss_sums(model, collate(examples[indices or [0]]).to(workers.device))
+                if not indices:
+                    continue
                 sums[0] += found.loss
                 sums[1] += found.num_correct
                 sums[2] += found.num_counted

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from training.artifact import Fingerprint
+    from training.fsdp import ShardedTrainer
     from training.optim import Trainer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -38,7 +39,7 @@ class Exporter:
     base_folder: Path
     base_dtype: torch.dtype
     model: PreTrainedModel
-    trainer: Trainer
+    trainer: Trainer | ShardedTrainer
 
     def fingerprint(self) -> Fingerprint:
         """What serving must share with this run."""

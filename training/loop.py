@@ -6,8 +6,8 @@ the artifact. Rank 0 writes and reports. What a retry would not mend is returned
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Literal, cast
 
 import torch
 
+from training import fsdp
 from training.artifact import read_manifest
-from training.batches import Batches, Examples
+from training.batches import Batches, Examples, MicroBatch, collate
+from training.build import build
 from training.checkpoints import Checkpoints, TrainerState
 from training.classification_metrics import summary
 from training.evaluation import Evaluation, evaluate
@@ -25,8 +27,8 @@ from training.export import Exporter
 from training.failure import Failure, check_flag, is_out_of_memory, not_finite
 from training.methods import classification, dpo, embedding, supervised
 from training.methods.interface import Method
-from training.model import build_model, stored_dtype
-from training.optim import Trainer, learning_rate
+from training.model import stored_dtype
+from training.optim import learning_rate
 from training.parallel import Workers, agree_on
 from training.progress import (
     ArtifactWritten,
@@ -155,7 +157,10 @@ class _Run:
         self.train_set: Examples = train
         self.valid_set: Examples | None = valid
         self.samples = Samples.load(self.spec, self.storage, base_folder)
-        self._build_model(base_folder)
+        start_folder = self.storage.local_folder(self.spec.start.key) if self.spec.start is not None else None
+        num_sums = NUM_SUMS + len(self.method.MEANS)
+        self.model, self.trainer = build(self.spec, base_folder, start_folder, num_sums, self.workers)
+        self.exporter = Exporter(self.spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
 
     def _prepare_examples(self) -> None:
         """What the method must know of the start weights, before any others are loaded; then the order of steps."""
@@ -185,27 +190,18 @@ class _Run:
             self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy
             self.reporter.say(Message, text=f"Resumed from the checkpoint of step {state.step}.")
 
-    def _build_model(self, base_folder: Path) -> None:
-        """Frozen weights are held in the compute dtype; trained ones have fp32 masters in the trainer."""
-        spec = self.spec
-        dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-        full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
-        start_folder = self.storage.local_folder(spec.start.key) if spec.start is not None else None
-        self.model = build_model(spec, base_folder, start_folder, full_load, self.workers.device)
-        num_sums = NUM_SUMS + len(self.method.MEANS)
-        self.trainer = Trainer(self.model, spec.hyperparameters, num_sums, dtype if spec.adapter is None else None)
-        self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
-
     def _train_step(self) -> Wish:
         """One optimizer step over all workers; returns the wish that they agree on. Failure stops before the update."""
         started = time.perf_counter()
-        self._seed()
+        self.workers.seed(self.spec.seed, self.step)
         self.trainer.zero()
         sums = self.trainer.sums
         try:
-            for batch in self.batches.micro_batches(self.step):
+            for batch, counts in self._micro_batches():
                 found = self.loss_sums(self.model, batch.to(self.workers.device))
-                found.loss.backward()
+                (found.loss * counts).backward()
+                if not counts:
+                    continue
                 sums[LOSS] += found.loss.detach()
                 sums[CORRECT] += found.num_correct
                 sums[COUNT] += found.num_counted
@@ -213,16 +209,23 @@ class _Run:
                 if found.others is not None:
                     sums[NUM_SUMS:] += found.others
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if self.spec.parallel == "fsdp" or not is_out_of_memory(error):
                 raise
             sums[OUT_OF_MEMORY] += 1
         if self.workers.rank == 0:
             sums[WISH] += WISHES.index(self.reporter.wish)
-        self.workers.sum_(self.trainer.flat)
+        self.trainer.reduce(self.workers)
         *totals, norm = torch.cat([sums, self.trainer.grad_norm()[None]]).tolist()  # the step's only wait for a device
         check_flag(totals[OUT_OF_MEMORY])
         self._update(totals, norm, started)
         return WISHES[round(totals[WISH])]
+
+    def _micro_batches(self) -> Iterable[tuple[MicroBatch, bool]]:
+        """This worker's micro-batches of the step, and whether each counts."""
+        mine = self.batches.micro_batches(self.step)
+        if self.spec.parallel == "fsdp":
+            return fsdp.with_idle_passes(mine, collate(self.train_set[[0]]), self.workers)
+        return ((batch, True) for batch in mine)
 
     def _update(self, totals: list[float], norm_sum: float, started: float) -> None:
         """The optimizer step, after looking at what it would do."""
@@ -252,11 +255,6 @@ class _Run:
         """Stop before weights, or a checkpoint of weights that are useless already, do damage."""
         if total - total != 0:  # true for infinities and for what is not a number
             raise not_finite(self.step, what, self.checkpoints.committed())
-
-    def _seed(self) -> None:
-        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
-        digest = hashlib.sha256(f"{self.spec.seed} {self.step} {self.workers.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _is_evaluation_due(self) -> bool:
         """At intervals and after the last step."""
@@ -295,6 +293,7 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         """Checkpoint of exactly this step, then make room."""
+        tensors = self.trainer.state()  # sharded weights are gathered from all workers
         if self.workers.rank != 0:
             return
         evaluation = self.evaluation[1] if self.evaluation and self.evaluation[0] == self.step else None
@@ -310,7 +309,7 @@ class _Run:
             curve=self.curve,
         )
         report = evaluation.report if evaluation else None
-        manifest_hash = self.checkpoints.save(self.exporter, state, self.scratch_dir, report)
+        manifest_hash = self.checkpoints.save(self.exporter, state, tensors, self.scratch_dir, report)
         self._say_checkpoint(state, manifest_hash)
         for step in self.checkpoints.prune():
             self.reporter.say(CheckpointDeleted, step=step, key=self.checkpoints.key(step))

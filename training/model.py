@@ -1,6 +1,5 @@
-"""The model of a run: building it from a base folder, and a language model's logits for a micro-batch. LoRA is in
-`training.lora`, the label head in `training.classifier`, encoders without a head in
-`training.embedder`."""
+"""A language model: loading it from a folder, and its logits for a micro-batch. LoRA is in `training.lora`, models with
+a label head are in `training.classifier`, encoders without a head in `training.embedder`."""
 
 from __future__ import annotations
 
@@ -15,38 +14,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
-from training.classifier import load_classifier
-from training.embedder import load_embedder
 from training.failure import Failure
-from training.lora import inject, load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from training.batches import MicroBatch
-    from training.spec import TrainSpec
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def build_model(
-    spec: TrainSpec, base_folder: Path, start_folder: Path | None, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """The model that the spec trains, with the head of its method and with its adapter: its weights are the base's, or
-    those of the earlier fine-tune in `start_folder`."""
-    folder = start_folder if start_folder is not None and spec.adapter is None else base_folder
-    new: tuple[str, ...] = ()  # modules that the base does not have
-    if spec.method == "classification":
-        model, new = load_classifier(folder, spec.labels(), spec.seed, dtype, device)
-    elif spec.method == "embedding":
-        model = load_embedder(folder, spec.seed, dtype, device)
-    else:
-        model = load_model(folder, dtype, device)
-    if spec.adapter is not None:
-        inject(model, spec.adapter, spec.seed, new)
-        if start_folder is not None:
-            load_adapter(model, start_folder)
-    return model
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -6,6 +6,7 @@ Reads config.json and the headers of the safetensors files only; no torch.
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 _MLP_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
 _HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads")
+LAYER_NAME = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 _UNLIMITED = 10**9  # tokenizers write 10**30 for "no limit"
 
 # Encoders that read a text from both sides, by model type. A test proves each, as it does the types of the next list.
@@ -170,6 +172,11 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Stored numbers; tied weights are stored once."""
         return sum(_product(shape) for shape in self.parameters.values())
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Those of the transformer blocks, by their numbered names."""
+        return sum(_product(shape) for name, shape in self.parameters.items() if LAYER_NAME.search(f".{name}"))
 
     @property
     def weights_bytes(self) -> int:

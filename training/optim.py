@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
 
 from training.spec import Hyperparameters
 
-_STATE = ("exp_avg", "exp_avg_sq", "step")
+if TYPE_CHECKING:
+    from training.parallel import Workers
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = (*MOMENTS, "step")
 
 
 def learning_rate(hyper: Hyperparameters, step: int, total_steps: int) -> float:
@@ -31,6 +35,17 @@ _DECAYS: dict[Literal["linear", "cosine", "constant"], Callable[[float], float]]
 }
 
 
+def adamw(weights: dict[str, tuple[torch.Tensor, int]], hyper: Hyperparameters) -> torch.optim.AdamW:
+    """AdamW over tensors, each given with the dimensions of the weight that it is, or is a part of.
+
+    Weight decay acts on matrices; norms and biases, which are vectors, are spared."""
+    matrices = [tensor for tensor, ndim in weights.values() if ndim >= 2]
+    vectors = [tensor for tensor, ndim in weights.values() if ndim < 2]
+    groups = [{"params": matrices, "weight_decay": hyper.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (hyper.adam_beta1, hyper.adam_beta2)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
+
+
 class Trainer:
     """Everything that an optimizer step changes.
 
@@ -47,7 +62,6 @@ class Trainer:
         if compute_dtype is not None:
             for _, param in named:  # not model.to(): buffers such as rotary frequencies must stay exact
                 param.data = param.data.to(compute_dtype)
-        self._hyper = hyper
         self.params = dict(named)
         self.masters = {name: p if p.dtype == torch.float32 else masters[name] for name, p in named}
         num_weights = sum(p.numel() for p in self.params.values())
@@ -59,20 +73,15 @@ class Trainer:
             master.grad = view.view_as(master)
             if master is not param:
                 param.register_post_accumulate_grad_hook(_move_gradient_to(master.grad))
-        self._optimizer = torch.optim.AdamW(
-            self._groups(), lr=0.0, betas=(hyper.adam_beta1, hyper.adam_beta2), fused=True
-        )
-
-    def _groups(self) -> list[dict[str, object]]:
-        """Weight decay acts on matrices; norms and biases, which are vectors, are spared."""
-        matrices = [master for master in self.masters.values() if master.ndim >= 2]
-        vectors = [master for master in self.masters.values() if master.ndim < 2]
-        groups = [(matrices, self._hyper.weight_decay), (vectors, 0.0)]
-        return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+        self._optimizer = adamw({name: (master, master.ndim) for name, master in self.masters.items()}, hyper)
 
     def zero(self) -> None:
         """Forget gradients and sums."""
         self.flat.zero_()
+
+    def reduce(self, workers: Workers) -> None:
+        """Sum gradients and sums over the workers."""
+        workers.sum_(self.flat)
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of the summed gradients, on the device."""

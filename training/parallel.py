@@ -5,6 +5,7 @@ Works alone, under torchrun (which this file joins), and under Ray Train (which 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class Workers:
         total = torch.tensor(value, device=self.device)
         self.sum_(total)
         return total.item()
+
+    def seed(self, seed: int, step: int) -> None:
+        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
+        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def leave(self) -> None:
         """Wait for the others and dissolve a group that torchrun started."""

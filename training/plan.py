@@ -20,11 +20,12 @@ from training.auto import unless_given as _or
 from training.examples import ExamplesError, load_examples
 from training.failure import Failure
 from training.labels import count_labels, problem_of, warnings_of, with_counts
-from training.model_shape import ModelShape, ShapeError, is_known
+from training.model_shape import ModelShape, ShapeError
+from training.plan_checks import PlanError, check_batches, check_method, check_request
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.sample_prompts import PromptError, encode_prompts
-from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
+from training.spec import AUTO, Contract, Hyperparameters, TrainSpec
 from training.start import check_start
 from training.storage import Storage
 
@@ -42,19 +43,6 @@ _BORDER = (
 )
 
 
-class PlanError(ValueError):
-    """A job that cannot work as asked; `param` is the request field to change."""
-
-    def __init__(self, code: str, message: str, param: str | None) -> None:
-        super().__init__(code, message, param)
-        self.code = code
-        self.message = message
-        self.param = param
-
-    def __str__(self) -> str:
-        return self.message
-
-
 class Plan(Contract):
     """What will be run, in numbers."""
 
@@ -66,7 +54,7 @@ class Plan(Contract):
     num_validation_tokens: int
     max_example_tokens: int
     total_steps: int  # optimizer steps: n_epochs * ceil(num_examples / batch_size)
-    peak_memory_bytes: int  # per worker, see `estimate.peak_memory`
+    peak_memory_bytes: int  # per worker: of its process, or of its GPU
     checkpoint_bytes: int  # of one
     artifact_bytes: int
     warnings: list[str]
@@ -92,14 +80,15 @@ class _Counts:
         return int(self.tokens.max(initial=0))
 
 
-def plan(spec: TrainSpec, storage: Storage) -> Plan:
-    """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is."""
+def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
+    """The resolved spec with counts and estimates; PlanError if the job cannot work. A resolved spec stays as it is.
+    `on_gpu` says what kind of memory the workers have."""
     folder = storage.local_folder(spec.base.key)
     try:
         check_start(spec, storage)
         shape = ModelShape(folder)
-        _check_method(spec, shape)
-        _check_request(spec, shape)
+        check_method(spec, shape)
+        check_request(spec, shape)
         renderer = Renderer.load(folder)
         encode_prompts(spec, storage, renderer, shape.max_context)
     except PromptError as error:
@@ -123,7 +112,7 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         else:
             warnings = [] if spec.embedding is not None else _warnings_on_tokens(train, renderer, spec, storage)
     resolved = _resolve(spec, shape, counts)
-    _check_batches(resolved)
+    check_batches(resolved)
     hyper = resolved.hyperparameters
     assert hyper.n_epochs != AUTO and hyper.batch_size != AUTO
     if hyper.batch_size > counts.num_examples:
@@ -137,84 +126,11 @@ def plan(spec: TrainSpec, storage: Storage) -> Plan:
         num_validation_tokens=validated.num_tokens,
         max_example_tokens=max(counts.max_tokens, validated.max_tokens),
         total_steps=_total_steps(hyper, counts.num_examples),
-        peak_memory_bytes=estimate.peak_memory(resolved, shape, counts.tokens, counts.trained),
+        peak_memory_bytes=estimate.peak_memory(resolved, shape, counts.tokens, counts.trained, on_gpu=on_gpu),
         checkpoint_bytes=estimate.checkpoint_bytes(resolved, shape),
         artifact_bytes=estimate.artifact_bytes(resolved, shape),
         warnings=warnings,
     )
-
-
-# -- checks that need no data ------------------------------------------------------------------------------------------
-
-
-def _hyper(spec: TrainSpec) -> str:
-    return f"method.{spec.method}.hyperparameters"
-
-
-def _check_method(spec: TrainSpec, shape: ModelShape) -> None:
-    able = shape.methods()
-    if spec.method not in able:
-        can = f"it can be fine-tuned by {' or '.join(able)}" if able else "no method can start from it"
-        message = f"The base {spec.base.id}, a {shape.architecture}, cannot learn by the method {spec.method}; {can}."
-        raise PlanError("invalid_base_model", message, "model")
-
-
-def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
-    hyper = spec.hyperparameters
-    if not is_known(shape.architecture):
-        message = f"The base is a {shape.architecture}, which the installed transformers does not know."
-        raise PlanError("invalid_base_model", message, "model")
-    given = hyper.learning_rate != AUTO and hyper.learning_rate_multiplier not in (AUTO, 1.0)
-    if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
-        message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.learning_rate_multiplier")
-    if hyper.max_length != AUTO and hyper.max_length > shape.longest(spec.method):
-        message = (
-            f"max_length {hyper.max_length} is more than the base's context of {shape.longest(spec.method)} tokens."
-        )
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.max_length")
-    if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
-        message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
-    if spec.early_stopping is not None and not spec.validates():
-        message = "early_stopping needs a validation file or a validation_split."
-        raise PlanError("invalid_value", message, "early_stopping")
-    if spec.adapter is not None:
-        _check_adapter(spec.adapter, shape)
-
-
-def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
-    if adapter.rank != AUTO and adapter.rank > shape.hidden_size:
-        message = f"LoRA rank {adapter.rank} is more than the model's width of {shape.hidden_size}."
-        raise PlanError("invalid_value", message, "adapter.rank")
-    if not shape.adapted(adapter.targets):
-        missing = "linear layers" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-        known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
-        raise PlanError("invalid_value", f"The base has no {missing}; it has {', '.join(known)}.", "adapter.targets")
-    if isinstance(adapter.targets, str):
-        return
-    for target in adapter.targets:
-        if not shape.adapted((target,)):
-            known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
-            message = f"The base has no linear layer {target!r}; it has {', '.join(known)}."
-            raise PlanError("invalid_value", message, "adapter.targets")
-
-
-def _check_batches(spec: TrainSpec) -> None:
-    hyper = spec.hyperparameters
-    assert hyper.batch_size != AUTO and hyper.gradient_accumulation_steps != AUTO
-    per_worker = ceil(hyper.batch_size / spec.num_workers)
-    if hyper.gradient_accumulation_steps > per_worker:
-        message = (
-            f"gradient_accumulation_steps {hyper.gradient_accumulation_steps} is more than the {per_worker} examples "
-            f"that each worker gets of a batch of {hyper.batch_size}."
-        )
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.gradient_accumulation_steps")
-    if spec.method == "embedding" and per_worker < 2 * hyper.gradient_accumulation_steps:
-        message = (
-            "Examples need others in their micro-batch as negatives: use a larger batch_size or less accumulation."
-        )
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
 
 
 # -- checks on the data ------------------------------------------------------------------------------------------------

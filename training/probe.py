@@ -8,7 +8,6 @@ memory of torch with it when it ends.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from training.model_shape import ModelShape
+from training.model_shape import LAYER_NAME, ModelShape
 from training.progress import ProgressItem, StepMetrics, Wish
 from training.spec import TrainSpec
 from training.storage import Storage
@@ -28,7 +27,6 @@ NUM_STEPS = 4  # the first one is slower and does not count
 MAX_TOKENS = 2048  # of a step
 MAX_PARAMETERS = 500_000_000  # of the deeper one
 PATIENCE_S = 60.0
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -74,6 +72,7 @@ def _short(spec: TrainSpec, num_rows: int) -> TrainSpec:
         "start": None,
         "sample_prompts": (),
         "num_workers": 1,
+        "parallel": "data",
         "checkpoint_interval": NUM_STEPS,
     }
     return spec.model_copy(update=fields)
@@ -167,7 +166,7 @@ def write_shallow(base: Path, folder: Path, depth: int) -> None:
     for name in shape.weight_files():
         with safe_open(base / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
-                layer = _LAYER.search(f".{key}")
+                layer = LAYER_NAME.search(f".{key}")
                 if layer is None or int(layer[1]) < depth:
                     tensors[key] = file.get_tensor(key)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -132,6 +132,7 @@ class TrainSpec(Contract):
     precision: Literal["fp32", "bf16"] | Auto = AUTO
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     num_workers: PositiveInt = 1
+    parallel: Literal["data", "fsdp"] = "data"  # a whole model on each worker, or its weights spread over them
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
@@ -156,6 +157,10 @@ class TrainSpec(Contract):
         for part in ("adapter", "dpo", "classification", "embedding"):
             names += [f"{part}.{name}" for name, value in getattr(self, part) or () if value == AUTO]
         return names
+
+    def trains_like(self, other: TrainSpec) -> bool:
+        """Whether a run of this may go on from the other's checkpoints: all is equal but how workers share it."""
+        return self.model_copy(update={"num_workers": other.num_workers, "parallel": other.parallel}) == other
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> TrainSpec:

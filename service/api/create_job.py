@@ -106,6 +106,7 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
         precision=body.precision,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         num_workers=body.num_workers,
+        parallel=body.parallel,
         eval_interval=body.eval_interval,
         checkpoint_interval=body.checkpoint_interval,
         sample_prompts=body.sample_prompts,

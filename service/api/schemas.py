@@ -232,6 +232,7 @@ class CreateJob(Wire):
 
     adapter: Adapter = Adapter()
     num_workers: PositiveInt = 1
+    parallel: Literal["data", "fsdp"] = "data"
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     early_stopping: WireEarlyStopping | None = None
     precision: Literal["fp32", "bf16"] | Auto = AUTO

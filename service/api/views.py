@@ -12,7 +12,14 @@ from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
 
 TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")  # the last one where it has one
 FOUND_IN_THE_DATA = ("labels", "label_counts")  # parts of a spec that nobody chooses
-RESOLVED_FIELDS = ("precision", "validation_split", "early_stopping", "eval_interval", "checkpoint_interval")
+RESOLVED_FIELDS = (
+    "precision",
+    "parallel",
+    "validation_split",
+    "early_stopping",
+    "eval_interval",
+    "checkpoint_interval",
+)
 
 Json = dict[str, Any]
 
@@ -53,6 +60,7 @@ def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
         "suffix": job.suffix,
         "adapter": _adapter_json(job.spec["adapter"]),
         "num_workers": job.spec["num_workers"],
+        "parallel": job.spec.get("parallel", "data"),  # jobs of an earlier version have none
         "validation_split": job.spec["validation_split"],
         "early_stopping": job.spec.get("early_stopping"),
         "sample_prompts": job.spec.get("sample_prompts", []),

@@ -35,7 +35,7 @@ def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec)
 
     started = time.perf_counter()
     try:
-        made = plan(spec, storage)
+        made = plan(spec, storage, on_gpu=settings.train_num_gpus > 0)
     except PlanError as error:
         return {"error": {"code": error.code, "message": error.message, "param": error.param}}
     render_s = time.perf_counter() - started

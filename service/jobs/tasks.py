@@ -64,7 +64,8 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     spec = TrainSpec.model_validate(job.spec)
     combinations = _combinations(job)
     try:
-        made = plan(spec_of_trial(spec, combinations[0]) if combinations else spec, bench.storage)
+        on_gpu = bench.settings.train_num_gpus > 0
+        made = plan(spec_of_trial(spec, combinations[0]) if combinations else spec, bench.storage, on_gpu=on_gpu)
     except PlanError as error:
         with _moving(bench.db) as tx:
             param = field_to_change(Sweep.model_validate(job.sweep), error.param) if combinations else error.param

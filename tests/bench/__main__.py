@@ -9,7 +9,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("classification", "story", "training")
+BENCHMARKS = ("classification", "plan", "story", "training")
 
 
 def main() -> None:

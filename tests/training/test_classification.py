@@ -20,11 +20,11 @@ from tests.training.runs import BASE_KEY, GPT_NEO, LLAMA, Recorder, make_base, m
 from training import auto
 from training.attention import PACKED
 from training.batches import Batches, collate
+from training.build import build_model
 from training.classifier import label_config, load_classifier
 from training.examples import load_examples
 from training.loop import run
 from training.methods.classification import loss_sums
-from training.model import build_model
 from training.model_shape import _CAUSAL_WITH_LABELS, ENCODERS, ModelShape
 from training.plan import PlanError, plan
 from training.progress import EvalMetrics, Message, StepMetrics

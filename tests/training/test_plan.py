@@ -239,3 +239,26 @@ def test_the_rules_of_auto_at_their_edges() -> None:
     assert auto.gradient_accumulation_steps(4, 2, 1e9) == 2
     assert (auto.precision(10**6), auto.precision(10**9)) == ("fp32", "bf16")
     assert (auto.eval_interval(1), auto.checkpoint_interval(1)) == (1, 1)
+
+
+def test_sharded_weights_take_less_of_each_worker_than_whole_ones(make: Maker) -> None:
+    rows = texts(12)
+    fields: dict[str, Any] = {"adapter": None, "num_workers": 4}
+    data = plan(make.spec(rows, **fields), make.storage, on_gpu=True)
+    fsdp = plan(make.spec(rows, parallel="fsdp", **fields), make.storage, on_gpu=True)
+    moments = 8 * 260_032  # and more
+    assert fsdp.peak_memory_bytes < data.peak_memory_bytes - moments * 3 // 4
+    error = refused(make, make.spec(rows, parallel="fsdp"))
+    assert (error.code, error.param) == ("invalid_value", "parallel")
+
+
+def test_memory_grows_with_the_largest_micro_batch_not_with_the_data(make: Maker) -> None:
+    short, long = texts(40), [*texts(39), {"text": "once upon a time " * 60}]
+
+    def peak(rows: list[Any], **hyper: Any) -> int:
+        spec = make.spec(rows, hyper={"n_epochs": 1, "batch_size": 8, "gradient_accumulation_steps": 1, **hyper})
+        return plan(spec, make.storage).peak_memory_bytes
+
+    assert peak(short) < peak(long)
+    assert peak(short) == pytest.approx(peak(short * 3), rel=0.01)
+    assert peak(long, gradient_accumulation_steps=8) < peak(long)

@@ -14,6 +14,7 @@ import pytest
 from tests.training import test_embedding
 from tests.training.labelled import make_encoder, make_labelled_spec
 from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
+from tests.training.test_resume import cut_after
 from training.artifact import read_manifest
 from training.spec import EarlyStopping, LoraSpec, StartRef, TrainSpec
 from training.storage import Storage
@@ -122,6 +123,12 @@ def test_two_workers_with_pools_of_their_own_resume_to_the_bit(storage: Storage,
     assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
 
 
+def agree(items: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Equal but for the order in which fp32 numbers were added."""
+    for ours, theirs in zip(items, others, strict=True):
+        assert {**ours, "kind": 0} == pytest.approx({**theirs, "kind": 0}, rel=1e-5, abs=1e-6)
+
+
 def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:
     spec = make_spec(storage, make_base(storage), n_epochs=20, batch_size=1, checkpoint_interval=10_000)
     process = subprocess.Popen(
@@ -166,3 +173,38 @@ def test_several_workers_agree_on_the_best_step_and_when_to_stop(storage: Storag
     assert manifest is not None
     assert (manifest.step, manifest.last_step) == (best, max(losses))
     assert max(losses) == best + 2 < 16
+
+
+def spread(storage: Storage, **changes: Any) -> tuple[TrainSpec, TrainSpec]:
+    """The same run with whole and with sharded weights. The last of its batches leaves one of two workers idle."""
+    fields: dict[str, Any] = {"n_epochs": 3, "batch_size": 5, "gradient_accumulation_steps": 3, "num_workers": 2}
+    fields |= {"training_key": write_rows(storage, "files/six", 6), "checkpoint_interval": 2, "eval_interval": 2}
+    fields |= {"validation_key": write_rows(storage, "files/valid", 3, first=50), "keep_checkpoints": 9, **changes}
+    base = make_base(storage)
+    return make_spec(storage, base, **fields), make_spec(storage, base, parallel="fsdp", **fields)
+
+
+def test_sharded_weights_give_the_losses_of_whole_ones_and_either_goes_on_from_the_other(storage: Storage) -> None:
+    data, fsdp = spread(storage, lora=False)
+    whole, sharded = train(storage, data, "runs/data"), train(storage, fsdp, "runs/fsdp")
+    agree(sharded, whole)
+    for run in ("runs/data", "runs/fsdp"):
+        cut_after(storage, fsdp, run, 4)
+    resumed = train(storage, fsdp, "runs/fsdp")
+    assert resumed == sharded[-len(resumed) :]
+    agree(train(storage, fsdp, "runs/data"), whole[-len(resumed) :])
+    cut_after(storage, fsdp, "runs/fsdp", 4)
+    agree(train(storage, data, "runs/fsdp"), whole[-len(resumed) :])
+
+
+def test_an_adapter_on_sharded_weights_gives_the_losses_of_whole_ones(storage: Storage) -> None:
+    data, fsdp = spread(storage, lora=True, dropout=0.2)
+    agree(train(storage, fsdp, "runs/fsdp"), train(storage, data, "runs/data"))
+
+
+def test_preferences_on_sharded_weights_keep_their_reference(storage: Storage) -> None:
+    base = make_base(storage)
+    fields = {"lora": False, "n_epochs": 1, "batch_size": 5, "validation_key": "files/pairs", "num_workers": 2}
+    data, fsdp = (make_dpo_spec(storage, base, parallel=parallel, **fields) for parallel in ("data", "fsdp"))
+    for ours, theirs in zip(train(storage, fsdp, "runs/fsdp"), train(storage, data, "runs/data"), strict=True):
+        assert {**ours, "kind": 0} == pytest.approx({**theirs, "kind": 0}, rel=1e-4, abs=1e-6)

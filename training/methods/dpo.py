@@ -41,10 +41,12 @@ def prepare(
     pairs = table[:-1].view(-1, 2)
     mine = range(workers.rank, len(examples), workers.size)
     try:
-        for start in range(0, len(mine), micro_batch_size):
+        # As many passes as the first worker, which has the most: sharded weights need all workers in each.
+        for start in range(0, len(range(0, len(examples), workers.size)), micro_batch_size):
             indices = list(mine[start : start + micro_batch_size])
-            batch = collate(examples[indices]).to(workers.device)
-            pairs[indices] = _reference(model, batch).view(-1, 2)
+            found = _reference(model, collate(examples[indices or [0]]).to(workers.device)).view(-1, 2)
+            if indices:
+                pairs[indices] = found
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

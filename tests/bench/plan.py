@@ -1,0 +1,172 @@
+"""Planning beside what was planned: memory and time of small real runs, each a process of its own with one thread.
+
+Time is judged by the CPU seconds of the whole process, so that other work on the machine does not count. The last lines
+before the figures are the constants of `training.estimate` that would fit these cases best, by least squares of the
+relative errors: write them there when the errors have grown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.bench.material import Rows, chat_rows, make_bases
+from training import estimate
+from training.examples import load_examples
+from training.model_shape import ModelShape
+from training.plan import Plan, plan
+from training.probe import tokens_per_s
+from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.storage import Storage
+
+GOALS = {"plan_memory_error": "<= 0.15", "plan_time_error": "<= 0.3"}
+ROOT = Path(__file__).resolve().parents[2]
+USAGE = ROOT / "tests/bench/usage.py"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    size: str
+    lora: bool
+    precision: str
+    batch_size: int
+    num_steps: int
+    accumulation: int = 1
+    max_length: int = 512
+
+    @property
+    def name(self) -> str:
+        how = "lora" if self.lora else "full"
+        return f"{self.size}_{how}_{self.precision}_{self.batch_size}_{self.accumulation}_{self.max_length}"
+
+
+CASES = (
+    Case("8m", lora=False, precision="fp32", batch_size=2, num_steps=40),
+    Case("8m", lora=False, precision="fp32", batch_size=24, num_steps=4),
+    Case("8m", lora=False, precision="bf16", batch_size=24, num_steps=6, accumulation=3),
+    Case("8m", lora=True, precision="fp32", batch_size=24, num_steps=4),
+    Case("8m", lora=True, precision="bf16", batch_size=32, num_steps=6, max_length=128),
+    Case("110m", lora=True, precision="bf16", batch_size=4, num_steps=6),
+    Case("110m", lora=True, precision="fp32", batch_size=2, num_steps=5),
+    Case("110m", lora=False, precision="bf16", batch_size=4, num_steps=5, accumulation=2),
+)
+
+
+def run() -> dict[str, float]:
+    """All cases, one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _Bench(Storage(folder), Path(folder)).run()
+
+
+class _Bench:
+    """One storage with the bases and rows of all cases."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        rows = chat_rows()[:3000]
+        self.storage, self.folder = storage, folder
+        self.bases: dict[str, BaseRef] = make_bases(storage, rows)
+        self.rows = Rows(Path(storage.path(self.bases["8m"].key)), rows)
+        self.fit: list[tuple[float, ...]] = []
+
+    def run(self) -> dict[str, float]:
+        """The largest errors over the cases."""
+        memory, seconds = [], []
+        for case in CASES:
+            spec = self._spec(case)
+            planned, duration_s = self._planned(spec)
+            peak_bytes, cpu_s = self._trained(planned.spec, case.name)
+            memory.append(planned.peak_memory_bytes / peak_bytes)
+            seconds.append(duration_s / cpu_s)
+            self._remember(planned.spec, peak_bytes)
+            print(
+                f"{case.name}: {planned.peak_memory_bytes / 1e6:.0f} MB planned, {peak_bytes / 1e6:.0f} MB taken "
+                f"({memory[-1]:.2f}); {duration_s:.1f} s planned, {cpu_s:.1f} s taken ({seconds[-1]:.2f})",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._print_fit()
+        return {
+            "plan_memory_error": max(abs(ratio - 1) for ratio in memory),
+            "plan_time_error": max(abs(ratio - 1) for ratio in seconds),
+        }
+
+    def _spec(self, case: Case) -> TrainSpec:
+        """Rows of at most the length, each read once."""
+        lines = [line for line in self.rows.lines if len(line) < 3 * case.max_length]
+        key = f"files/{case.name}"
+        self.storage.write_bytes(key, "\n".join(lines[: case.batch_size * case.num_steps]).encode())
+        hyper = Hyperparameters(
+            n_epochs=1,
+            batch_size=case.batch_size,
+            learning_rate=1e-4,
+            learning_rate_multiplier=1.0,
+            gradient_accumulation_steps=case.accumulation,
+        )
+        return TrainSpec(
+            base=self.bases[case.size],
+            training_key=key,
+            adapter=LoraSpec(rank=16, alpha=32.0) if case.lora else None,
+            hyperparameters=hyper,
+            precision=case.precision,  # type: ignore[arg-type]
+            eval_interval=1000,
+            checkpoint_interval=1000,
+        )
+
+    def _planned(self, spec: TrainSpec) -> tuple[Plan, float]:
+        started = time.process_time()
+        planned = plan(spec, self.storage)
+        render_s = time.process_time() - started
+        rate = tokens_per_s(planned.spec, self.storage, planned.num_tokens / planned.num_examples, num_threads=1)
+        shape = ModelShape(self.storage.local_folder(spec.base.key))
+        return planned, estimate.duration_s(planned, shape, rate, render_s)
+
+    def _trained(self, spec: TrainSpec, name: str) -> tuple[int, float]:
+        """Peak bytes and CPU seconds of `python -m training`."""
+        file = self.folder / f"{name}.json"
+        file.write_text(spec.model_dump_json())
+        command = [sys.executable, "-m", "training", str(file), "--run-dir", str(self.folder / "runs" / name)]
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache}
+            done = subprocess.run(
+                [sys.executable, "-S", str(USAGE), *command, "--storage", str(self.folder)],
+                env=environment,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        peak_bytes, cpu_s, code = json.loads(done.stderr.splitlines()[-1])
+        if code:
+            raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+        return peak_bytes, cpu_s
+
+    def _remember(self, spec: TrainSpec, peak_bytes: int) -> None:
+        """What the constants multiply: 1, activations of LoRA and of full weights, logits, shapes; then the rest."""
+        examples, _ = load_examples(spec, self.storage, self.folder / f"examples-{len(self.fit)}")
+        shape = ModelShape(self.storage.local_folder(spec.base.key))
+        tokens = np.array([len(ids) for ids in examples["input_ids"]])
+        trained = np.array([sum(mask) for mask in examples["trained"]])
+        parts = estimate.parts(spec, shape, tokens, trained)
+        lora, full = (parts.activations, 0) if spec.adapter else (0, parts.activations)
+        self.fit.append((1, lora, full, parts.logits, parts.num_shapes, parts.state, peak_bytes))
+
+    def _print_fit(self) -> None:
+        table = np.array(self.fit, dtype=float)
+        factors, state, peak = table[:, :5], table[:, 5], table[:, 6]
+        found, *_ = np.linalg.lstsq(factors / peak[:, None], (peak - state) / peak, rcond=None)
+        process, lora, full, logits, shapes = found
+        print(
+            f"best fit: PROCESS_BYTES = {process / 1e6:.0f}_000_000, HELD = {{True: {lora:.2f}, False: {full:.2f}}}, "
+            f"LOGIT_BYTES = {logits:.1f}, SHAPE_BYTES = {shapes / 1e6:.0f}_000_000",
+            file=sys.stderr,
+        )
