@@ -26,7 +26,7 @@ DEPTHS = (1, 4)  # layers
 NUM_STEPS = 4  # the first one is slower and does not count
 MAX_TOKENS = 2048  # of a step
 MAX_PARAMETERS = 500_000_000  # of the deeper one
-PATIENCE_S = 60.0
+PATIENCE_S = 40.0  # less than a request waits for a plan, which then comes without a time
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 

@@ -67,6 +67,7 @@ def test_given_settings_are_echoed_and_become_the_spec(
         extra_body={
             "adapter": {"rank": 4, "targets": ["q_proj"], "rslora": True, "dora": True},
             "num_workers": 2,
+            "parallel": "fsdp",
             "precision": "fp32",
             "priority": 3,
             "sample_prompts": ["Who are you?"],
@@ -80,6 +81,7 @@ def test_given_settings_are_echoed_and_become_the_spec(
     with platform.db.read() as tx:
         row = jobs.by_id(tx, job.id)
     assert (row.priority, row.spec["num_workers"], row.spec["precision"], row.spec["seed"]) == (3, 2, "fp32", 7)
+    assert row.spec["parallel"] == extra(job, "parallel") == "fsdp"
     assert row.spec["hyperparameters"]["n_epochs"] == 2
     assert row.spec["validation_key"] == f"files/{held_out}"
 

@@ -208,3 +208,12 @@ def test_preferences_on_sharded_weights_keep_their_reference(storage: Storage) -
     data, fsdp = (make_dpo_spec(storage, base, parallel=parallel, **fields) for parallel in ("data", "fsdp"))
     for ours, theirs in zip(train(storage, fsdp, "runs/fsdp"), train(storage, data, "runs/data"), strict=True):
         assert {**ours, "kind": 0} == pytest.approx({**theirs, "kind": 0}, rel=1e-4, abs=1e-6)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(storage: Storage) -> None:
+    base = make_base(storage)
+    two = make_spec(storage, base, n_epochs=2, batch_size=6, checkpoint_interval=2, num_workers=2)
+    one = two.model_copy(update={"num_workers": 1})
+    whole = train(storage, two, "runs/one")
+    cut_after(storage, two, "runs/one", 2)
+    agree(train(storage, one, "runs/one"), whole[2:])
