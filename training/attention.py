@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from training.short_attention import MAX_SHORT, short_attention
+from training.short_attention import MAX_SHORT, View, short_attention
 
 PACKED = "tunesmith_packed"
 
@@ -43,7 +43,7 @@ def packed_attention(
     assert query.shape[0] == 1 and query.shape[2] == sum(example_lengths), "a packed row needs its examples' lengths"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True)
-    knows_short = query.device.type == "cpu" and causal and not dropout
+    knows_short = query.device.type == "cpu" and (causal or sliding_window is None)
     num_long = sum(length > MAX_SHORT for length in example_lengths) if knows_short else len(example_lengths)
     long, short = example_lengths[:num_long], example_lengths[num_long:]
     outputs, border = [], sum(long)
@@ -52,7 +52,7 @@ def packed_attention(
         outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal))
     if short:
         q, k, v = (x[0, :, border:] for x in (query, key, value))
-        outputs.append(short_attention(q, k, v, short, scale, sliding_window))
+        outputs.append(short_attention(q, k, v, short, View(scale, causal, sliding_window, dropout)))
     return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
 
 

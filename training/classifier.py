@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.failure import Failure
 from training.model_shape import COUNT_FROM_PADDING, read_json
+from training.packed_row import packed_row
 from training.render import Renderer
 
 if TYPE_CHECKING:
@@ -126,14 +127,13 @@ def label_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 
 def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """All texts in one row, kept apart by attention and by their positions."""
-    device = batch.input_ids.device
-    lengths = torch.tensor(batch.lengths, device=device)
+    row = packed_row(batch)
+    lengths = torch.tensor(batch.lengths, device=row.input_ids.device)
     ends = lengths.cumsum(0)
-    positions = torch.arange(len(batch.input_ids), device=device) - (ends - lengths).repeat_interleave(lengths)
     hidden = model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=positions[None] + first_position(model),
-        example_lengths=batch.lengths,
+        input_ids=row.input_ids,
+        position_ids=row.positions + first_position(model),
+        example_lengths=row.lengths,
         **({"use_cache": False} if _is_causal(model) else {}),
     ).last_hidden_state[0]
     if _is_causal(model):

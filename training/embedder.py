@@ -18,6 +18,7 @@ from training.attention import PACKED
 from training.classifier import first_position, groups, is_packed
 from training.failure import Failure
 from training.model_shape import read_json
+from training.packed_row import packed_row
 from training.pooling import Pooling, read_pooling
 
 if TYPE_CHECKING:
@@ -68,13 +69,11 @@ def _pool(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:
 
 def _packed_states(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
     """All texts in one row, kept apart by attention and by their positions."""
-    positions = torch.cat([torch.arange(length) for length in batch.lengths]).to(batch.input_ids.device)
+    row = packed_row(batch)
     states = model(
-        input_ids=batch.input_ids[None],
-        position_ids=positions[None] + first_position(model),
-        example_lengths=batch.lengths,
+        input_ids=row.input_ids, position_ids=row.positions + first_position(model), example_lengths=row.lengths
     ).last_hidden_state[0]
-    return states.split(batch.lengths)
+    return states.split(row.lengths)[: len(batch.lengths)]
 
 
 def _states(model: PreTrainedModel, batch: MicroBatch) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.failure import Failure
+from training.packed_row import num_until_known_shape, packed_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,30 +61,17 @@ def kept_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Logits [kept positions, vocabulary]; the vocabulary is never spread over positions that have no loss."""
     if model.config._attn_implementation != PACKED:
         return _padded_logits(model, batch)
-    num_kept, kept = len(batch.targets), batch.keep.nonzero().squeeze(1)
-    input_ids, lengths = batch.input_ids, batch.lengths
-    if batch.input_ids.device.type == "cpu":
-        num_more = _num_until_known_shape(len(input_ids))
-        input_ids = pad(input_ids, (0, num_more))
-        lengths += (num_more,) if num_more else ()  # one more sequence, of which nothing is kept
-        kept = pad(kept, (0, _num_until_known_shape(num_kept)))
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(input_ids.device)
+    row, kept = packed_row(batch), batch.keep.nonzero().squeeze(1)
+    if kept.device.type == "cpu":
+        kept = pad(kept, (0, num_until_known_shape(len(kept))))
     logits = model(
-        input_ids=input_ids[None],
-        position_ids=positions[None],
+        input_ids=row.input_ids,
+        position_ids=row.positions,
         logits_to_keep=kept,
-        example_lengths=lengths,
+        example_lengths=row.lengths,
         use_cache=False,
     ).logits
-    return logits[0, :num_kept]
-
-
-def _num_until_known_shape(num_rows: int) -> int:
-    """How many rows are missing to one of few numbers of rows, at most one in 16 of many.
-
-    On a CPU, oneDNN compiles a matrix product anew for every shape that it meets (2 ms) and keeps it (0.5 MB)."""
-    multiple = min(512, max(64, (1 << num_rows.bit_length()) // 32))
-    return -num_rows % multiple
+    return logits[0, : len(batch.targets)]
 
 
 def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
