@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Case:
     size: str
     lora: bool
     num_packed: int  # rows of 512 tokens per step of the peer; ours takes as many rows as have about these tokens
+    num_micro_batches: int  # that ours makes of them, as many as keep its memory below the peer's
     num_steps: int
 
     @property
@@ -79,12 +81,12 @@ class Speed:
 
 
 CASES = (
-    Case("8m", lora=False, num_packed=8, num_steps=16),
-    Case("8m", lora=True, num_packed=8, num_steps=8),
-    Case("110m", lora=False, num_packed=4, num_steps=5),
-    Case("110m", lora=True, num_packed=4, num_steps=5),
+    Case("8m", lora=False, num_packed=8, num_micro_batches=4, num_steps=16),
+    Case("8m", lora=True, num_packed=8, num_micro_batches=4, num_steps=8),
+    Case("110m", lora=False, num_packed=4, num_micro_batches=4, num_steps=5),
+    Case("110m", lora=True, num_packed=4, num_micro_batches=4, num_steps=5),
 )
-DEFAULT = Case("8m", lora=False, num_packed=0, num_steps=12)  # 8 rows per step on both sides
+DEFAULT = Case("8m", lora=False, num_packed=0, num_micro_batches=1, num_steps=12)  # 8 rows per step on both sides
 NUM_DEFAULT_ROWS = 8
 
 
@@ -176,7 +178,7 @@ class _Bench:
             batch_size=self._rows_per_step(case),
             learning_rate_multiplier=1.0,
             learning_rate=case.learning_rate,
-            gradient_accumulation_steps=max(1, case.num_packed // num_workers),
+            gradient_accumulation_steps=max(1, case.num_micro_batches // num_workers),
             max_length=MAX_LENGTH,
         )
         return TrainSpec(
@@ -214,7 +216,7 @@ class _Bench:
         spec = self._spec(CASES[0], 1).model_copy(update={"training_key": "files/valid"})
         examples, _ = load_examples(spec, self.storage)
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=PACKED)
-        return evaluate(model, loss_sums, examples, Workers(0, 1, torch.device("cpu")), 8).loss
+        return evaluate(model, partial(loss_sums, spec), examples, Workers(0, 1, torch.device("cpu")), 8).loss
 
 
 def _measured(command: list[str], num_threads: int) -> tuple[str, int]:
