@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from training.batches import Examples, collate
 from training.classification_metrics import report
@@ -61,7 +62,7 @@ def evaluate(
                 if found.logits is not None:
                     logits[indices] = found.logits.to(logits)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(model, FSDPModule) or not is_out_of_memory(error):  # see `training.fsdp`
             raise
         sums[3] += 1
     finally:

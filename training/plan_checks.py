@@ -59,6 +59,9 @@ def check_request(spec: TrainSpec, shape: ModelShape) -> None:
     if spec.parallel == "fsdp" and spec.sample_prompts:
         message = "Samples are written by one worker alone, which cannot be with parallel 'fsdp'; leave them out."
         raise PlanError("invalid_value", message, "sample_prompts")
+    if spec.sample_prompts and spec.method in ("classification", "embedding"):
+        message = f"A model that learns by the method {spec.method} writes no text; leave the sample prompts out."
+        raise PlanError("invalid_value", message, "sample_prompts")
     if spec.early_stopping is not None and not spec.validates():
         message = "early_stopping needs a validation file or a validation_split."
         raise PlanError("invalid_value", message, "early_stopping")

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.api.schemas import CreateJob
 from service.api.start_model import find_start
-from service.api.sweep_checks import check_sweep
+from service.api.sweep_checks import check_rank_is_free, check_sweep
 from service.auth import Caller
 from service.errors import InvalidRequest, NotFound, UnsupportedParameter
 from service.jobs.states import JobKind
@@ -46,7 +46,6 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
     first = _first_of_retries(tx, request_hash, platform.settings.retry_window_s, attempt)
     if first is not None:
         return first
-    _check_integrations(body, platform.settings)
     spec = build_spec(tx, platform, who, body)
     job = jobs.create(
         tx,
@@ -84,9 +83,12 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
     """What the body asks for, checked as far as no file has to be read."""
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
+    _check_integrations(body, platform.settings)
     if body.sweep is not None:
         check_sweep(body, body.sweep, chosen)
     start = find_start(tx, platform, who, body)
+    if body.sweep is not None:
+        check_rank_is_free(body.sweep, start.adapter, continues=start.model is not None)
     training = _usable_file(tx, who, body.training_file, "training_file")
     validation = None
     if body.validation_file is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from service.api.schemas import CreateJob
 from service.errors import InvalidRequest
 from service.jobs.sweeps import MAX_TRIALS, Range, Sweep
-from training.spec import AUTO, Hyperparameters
+from training.spec import AUTO, Hyperparameters, LoraSpec
 
 
 def check_sweep(body: CreateJob, sweep: Sweep, chosen: Hyperparameters) -> None:
@@ -16,8 +16,26 @@ def check_sweep(body: CreateJob, sweep: Sweep, chosen: Hyperparameters) -> None:
             param="validation_file",
             code="missing_required_parameter",
         )
+    if body.method_type == "embedding" and sweep.parameters.batch_size is not None:
+        message = (
+            "'batch_size' cannot be varied with the method 'embedding': the validation loss is over the negatives of a "
+            "batch, so that smaller ones would always win."
+        )
+        raise InvalidRequest(message, param="sweep.parameters.batch_size")
     _check_number(sweep)
     _check_not_given_twice(body, sweep, chosen)
+
+
+def check_rank_is_free(sweep: Sweep, adapter: LoraSpec | None, *, continues: bool) -> None:
+    """InvalidRequest for a sweep over the rank of an adapter that the job's start does not leave open."""
+    if sweep.parameters.lora_rank is None or (adapter is not None and not continues):
+        return
+    why = (
+        "trains all weights here; ask for an adapter by 'adapter.type' 'lora'"
+        if adapter is None
+        else "keeps the rank of the adapter that it starts from"
+    )
+    raise InvalidRequest(f"'lora_rank' cannot be varied: the job {why}.", param="sweep.parameters.lora_rank")
 
 
 def _check_number(sweep: Sweep) -> None:

@@ -66,7 +66,7 @@ def _queue(platform: Platform, who: Caller, body: CreateJob) -> str | None:
             return None
         if tasks.num_open(tx, KIND) >= MAX_OPEN:
             raise RateLimited("Too many plans are being made right now; try again soon.", retry_after_s=2.0)
-        return tasks.add(tx, KIND, {"spec": spec.model_dump(mode="json")}).id
+        return tasks.add(tx, KIND, {"spec": spec.model_dump(mode="json"), "project_id": who.project_id}).id
 
 
 def _answer(platform: Platform, task_id: str) -> dict[str, Any] | None:

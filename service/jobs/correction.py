@@ -20,7 +20,8 @@ class Correction:
 
 
 def for_less_memory(job: Job) -> Correction | None:
-    """What needs less memory and changes least, in this order: smaller micro-batches, which train the same; LoRA; bf16.
+    """What needs less memory and changes least, in this order: smaller micro-batches, which train the same (but for the
+    fewer negatives of an embedding); LoRA; bf16.
     None when all of that was tried: then only shorter rows or larger machines help."""
     spec = TrainSpec.model_validate(job.spec)
     if spec.unresolved():
@@ -29,9 +30,10 @@ def for_less_memory(job: Job) -> Correction | None:
     hyper = spec.hyperparameters
     num_parts, batch_size = cast(int, hyper.gradient_accumulation_steps), cast(int, hyper.batch_size)
     per_worker = ceil(batch_size / spec.num_workers)
-    if num_parts < per_worker:
-        more = min(2 * num_parts, per_worker)
-        _hyperparameters(request, job.method)["gradient_accumulation_steps"] = more
+    most_parts = per_worker // 2 if spec.method == "embedding" else per_worker  # an example needs another as negative
+    if num_parts < most_parts:
+        more = min(2 * num_parts, most_parts)
+        hyperparameters_of(request, job.method)["gradient_accumulation_steps"] = more
         return Correction(request, f"gradient_accumulation_steps {more} instead of {num_parts}")
     if spec.adapter is None and spec.start is None:
         request["adapter"] = {"type": "lora"}
@@ -42,7 +44,7 @@ def for_less_memory(job: Job) -> Correction | None:
     return None
 
 
-def _hyperparameters(request: dict[str, Any], method: str) -> dict[str, Any]:
+def hyperparameters_of(request: dict[str, Any], method: str) -> dict[str, Any]:
     """Those of the method in a request, which may have left any part out or sent null."""
     settings = request["method"] = request.get("method") or {"type": method}
     own = settings[method] = settings.get(method) or {}

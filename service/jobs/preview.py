@@ -27,8 +27,9 @@ NUM_EARLIER_JOBS = 20
 Json = dict[str, Any]
 
 
-def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec) -> Json:
-    """`{"plan": …}`, or `{"error": …}` with the code, message and param that the job would end with."""
+def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec, project_id: str) -> Json:
+    """`{"plan": …}`, or `{"error": …}` with the code, message and param that the job would end with. Of jobs of other
+    projects than the caller's nothing but their speed is used."""
     from training import estimate
     from training.model_shape import ModelShape
     from training.plan import PlanError, plan
@@ -39,7 +40,7 @@ def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec)
     except PlanError as error:
         return {"error": {"code": error.code, "message": error.message, "param": error.param}}
     render_s = time.perf_counter() - started
-    rate, basis = _tokens_per_s(settings, db, storage, made)
+    rate, basis = _tokens_per_s(settings, db, storage, made, project_id)
     shape = ModelShape(storage.local_folder(spec.base.key))
     free_bytes = shutil.disk_usage(storage.path(spec.base.key)).free if storage.is_local else None
     num_kept, num_bytes = estimate.num_kept_checkpoints(made), estimate.disk_bytes(made)
@@ -83,14 +84,17 @@ def _gb(num_bytes: int) -> str:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-def _tokens_per_s(settings: Settings, db: Database, storage: Storage, made: Plan) -> tuple[float | None, str]:
+def _tokens_per_s(
+    settings: Settings, db: Database, storage: Storage, made: Plan, project_id: str
+) -> tuple[float | None, str]:
     """What one worker trains, and how that is known: from an earlier job, or tried out now; None when it is not."""
     from training.probe import ProbeError, tokens_per_s
 
     earlier = _of_earlier_job(settings, db, made.spec)
     if earlier is not None:
         job, speed = earlier
-        return speed, f"the speed of job {job.id}, on the same base in the same way"
+        name = f"job {job.id}" if job.project_id == project_id else "an earlier job"  # of other projects only the speed
+        return speed, f"the speed of {name}, on the same base in the same way"
     if settings.train_num_gpus:
         return None, "unknown: no job of this kind has run here yet, and planning takes no GPU to try it"
     num_threads = settings.train_num_threads or max(1, len(os.sched_getaffinity(0)) // made.spec.num_workers)
@@ -120,7 +124,7 @@ def _of_earlier_job(settings: Settings, db: Database, spec: TrainSpec) -> tuple[
 
 def _kind(spec: TrainSpec) -> tuple[object, ...]:
     """What the speed of a run depends on beside its base, method and device."""
-    return spec.base.content_hash, spec.adapter is None, spec.precision, spec.num_workers
+    return spec.base.content_hash, spec.adapter is None, spec.precision, spec.num_workers, spec.parallel
 
 
 # -- serving -----------------------------------------------------------------------------------------------------------

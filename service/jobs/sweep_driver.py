@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from service.jobs.recorder import RunRecorder
 from service.jobs.states import Desired, JobKind, JobState
-from service.jobs.sweeps import Sweep, Trial, describe, find_best, result_of, spec_of_trial
+from service.jobs.sweeps import Sweep, Trial, describe, find_best, request_of_trial, result_of, spec_of_trial
 from service.store import events, jobs, metrics
 from service.store.database import Database
 from service.store.jobs import StateConflict
@@ -196,8 +196,8 @@ class SweepDriver:
             training_file_id=sweep.training_file_id,
             validation_file_id=sweep.validation_file_id,
             suffix=sweep.suffix,
-            request={},  # nobody sent one, and no retried create may find this job
-            request_hash="",
+            request=request_of_trial(sweep, parameters),
+            request_hash="",  # nobody sent it, and no retried create may find this job
             spec=spec_of_trial(TrainSpec.model_validate(sweep.spec), parameters).model_dump(mode="json"),
             user_metadata=sweep.user_metadata,
         )

@@ -6,11 +6,13 @@ A sweep is a job of kind `sweep`. Each combination is a trial: an ordinary fine-
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from service.jobs.correction import hyperparameters_of
 from service.jobs.states import JobState
 from service.store.tables import Job
 from training.spec import PositiveFloat, TrainSpec
@@ -116,6 +118,18 @@ def spec_of_trial(spec: TrainSpec, parameters: dict[str, float | int]) -> TrainS
     hyperparameters = spec.hyperparameters.model_copy(update=changes)
     changed = spec.model_copy(update={"adapter": adapter, "hyperparameters": hyperparameters})
     return TrainSpec.model_validate(changed.model_dump())
+
+
+def request_of_trial(sweep: Job, parameters: dict[str, float | int]) -> dict[str, Any]:
+    """The body of a create that would train what the trial does, with the trackers that the sweep asked for."""
+    changes = dict(parameters)
+    request = {n: copy.deepcopy(v) for n, v in sweep.request.items() if n != "sweep" and not n.startswith("_")}
+    rank = changes.pop("lora_rank", None)
+    if rank is not None:
+        request["adapter"] = {**(request.get("adapter") or {}), "rank": rank}
+    if changes:
+        hyperparameters_of(request, sweep.method).update(changes)
+    return request
 
 
 def field_to_change(sweep: Sweep, param: str | None) -> str | None:

@@ -99,7 +99,8 @@ def preview_job(bench: Workbench, payload: dict[str, Any]) -> dict[str, Any]:
     """Plan what nobody has asked to run yet, for a request that waits for the answer."""
     from service.jobs.preview import preview
 
-    return preview(bench.settings, bench.db, bench.storage, TrainSpec.model_validate(payload["spec"]))
+    spec = TrainSpec.model_validate(payload["spec"])
+    return preview(bench.settings, bench.db, bench.storage, spec, payload["project_id"])
 
 
 def _combinations(job: Job) -> list[dict[str, float | int]]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from service.store.tables import Job, Metric
 
 CONSTANTS = {"total_steps"}  # the same in every row
-PLACES = {"base", "training_key", "validation_key"}  # in our storage; their ids say more
+PLACES = {"base", "start", "training_key", "validation_key"}  # in our storage; their ids say more
 
 
 class Tracker(Protocol):
@@ -36,10 +36,10 @@ class Tracker(Protocol):
 
 
 def numbers(row: Metric) -> dict[str, float]:
-    """The values of a row that can be drawn, under OpenAI's names."""
+    """The values of a row that can be drawn, under OpenAI's names, and a method's own, such as rewards."""
     return {
         name: float(value)
-        for name, value in row.data.items()
+        for name, value in (row.data | row.data.get("means", {})).items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in CONSTANTS
     }
 
@@ -48,7 +48,8 @@ def settings_of(job: Job) -> dict[str, Any]:
     """What the job was asked to do, the numbers that 'auto' became included, by dotted name."""
     spec = {name: value for name, value in job.spec.items() if name not in PLACES}
     files = {"training_file": job.training_file_id, "validation_file": job.validation_file_id}
-    return {"job_id": job.id, "base": job.base_id, **files, **dict(_flat(spec))}
+    start = {"start": job.parent_model_id} if job.parent_model_id else {}
+    return {"job_id": job.id, "base": job.base_id, **start, **files, **dict(_flat(spec))}
 
 
 def outcome_of(job: Job) -> dict[str, str]:

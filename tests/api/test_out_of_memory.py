@@ -105,6 +105,8 @@ def job(request: dict[str, Any], *, method: str = "supervised", **changes: Any) 
     }
     if method == "dpo":
         spec |= {"method": "dpo", "dpo": {"beta": 0.1, "gamma": 0.0}}
+    if method == "embedding":
+        spec |= {"method": "embedding", "embedding": {"temperature": 0.05}}
     return Job(method=method, request=request, spec=spec)
 
 
@@ -116,9 +118,18 @@ def job(request: dict[str, Any], *, method: str = "supervised", **changes: Any) 
         (job({"model": "b", "_made_by_retry": True, "adapter": {"type": "none"}}, adapter=None), {"adapter": LORA}),
         (job({"model": "b", "precision": "fp32"}, precision="fp32"), {"precision": "bf16"}),
         (job({"model": "b"}), None),
+        (job({"model": "b"}, method="embedding", parts=2), None),
         (job({"model": "b"}, adapter=None, start={"model_id": "m", "key": "k", "manifest_hash": "h"}), None),
     ],
-    ids=["split", "split-no-further-than-single-examples", "lora", "bf16", "nothing-left", "full-weights-stay-full"],
+    ids=[
+        "split",
+        "split-no-further-than-single-examples",
+        "lora",
+        "bf16",
+        "nothing-left",
+        "pools-keep-two",
+        "full-weights-stay-full",
+    ],
 )
 def test_what_changes_least_comes_first(made: Job, expected: dict[str, Any] | None) -> None:
     sent = json.dumps(made.request)

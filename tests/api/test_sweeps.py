@@ -114,6 +114,9 @@ MANY = {"batch_size": list(range(1, 33)), "n_epochs": [1, 2, 3]}
         ({"parameters": {"lora_rank": [4, 8]}}, {"adapter": {"type": "none"}}, "sweep.parameters.lora_rank"),
         ({"parameters": {"lora_rank": [4, 8]}}, {"adapter": {"rank": 4}}, "sweep.parameters.lora_rank"),
         ({"parameters": {"n_epochs": [1, 2]}}, {"hyperparameters": {"n_epochs": 3}}, "sweep.parameters.n_epochs"),
+        # A small encoder trains all its weights unless told otherwise, and a smaller pool of negatives is easier.
+        ({"parameters": {"lora_rank": [4, 8]}}, {"method": {"type": "classification"}}, "sweep.parameters.lora_rank"),
+        ({"parameters": {"batch_size": [4, 8]}}, {"method": {"type": "embedding"}}, "sweep.parameters.batch_size"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_the_name_of_its_field(

@@ -121,13 +121,16 @@ def test_the_speed_of_an_earlier_job_counts_and_full_weights_answer_by_themselve
             metrics.add(tx, job.id, 1, "step", step, {"num_trained_tokens": 50, "tokens_per_s": 100.0}, float(step))
         jobs.move(tx, job.id, JobState.SUCCEEDED)
     native = platform.settings.model_copy(update={"engine": "native"})
-    seen = preview(native, platform.db, platform.storage, spec)["plan"]
+    seen = preview(native, platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
     assert job.id in seen["time_basis"]
+    strange = preview(native, platform.db, platform.storage, spec, "proj-strange")["plan"]
+    assert strange["time_basis"].startswith("the speed of an earlier job")
+    assert job.id not in str(strange)
     assert seen["duration_s"] == pytest.approx(0.5 * made.total_steps + START_S, abs=3.0)
     assert seen["serving"]["can_be_served"]
     assert seen["serving"]["deployment"] == "its own"
     on_gpus = native.model_copy(update={"train_num_gpus": 1.0})
-    unknown = preview(on_gpus, platform.db, platform.storage, spec)["plan"]
+    unknown = preview(on_gpus, platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
     assert unknown["duration_s"] is None
     assert unknown["time_basis"].startswith("unknown: ")
 

@@ -25,6 +25,7 @@ from training.spec import Hyperparameters, TrainSpec
 from training.storage import Storage
 
 Build = Callable[..., World]
+REQUEST = {"model": "tiny", "hyperparameters": {"n_epochs": 3, "batch_size": 5}, "integrations": []}
 NUM_STEPS = 6  # 10 training rows, 5 a step, 3 epochs; a rehearsal does not count for itself
 
 
@@ -79,9 +80,8 @@ def create(world: World, **settings: Any) -> Job:
             "hyperparameters": Hyperparameters(n_epochs=3, batch_size=5).model_dump(),
         }
     )
-    return world.create(
-        world.upload(GOOD_LINES), spec, kind=JobKind.SWEEP, sweep=sweep.model_dump(mode="json"), suffix="best"
-    )
+    fields = {"kind": JobKind.SWEEP, "sweep": sweep.model_dump(mode="json"), "suffix": "best"}
+    return world.create(world.upload(GOOD_LINES), spec, **fields, request={**REQUEST, "sweep": asked})
 
 
 def trials_of(world: World, sweep: Job) -> list[Job]:
@@ -119,6 +119,10 @@ def test_the_best_trials_model_is_the_sweeps(build: Build) -> None:
     for trial in trials:
         expected = 2 * loss(NUM_STEPS) * badness(TrainSpec.model_validate(trial.spec))
         assert (result_of(trial).valid_loss, result_of(trial).step) == (expected, NUM_STEPS)
+        rate = trial.spec["hyperparameters"]["learning_rate"]
+        # What a suggestion after too little memory is made of, and where trackers read that they are wanted.
+        method = {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate": rate}}}
+        assert trial.request == {**REQUEST, "method": method}
     assert published(world) == [sweep.fine_tuned_model]
     assert (sweep.fine_tuned_model or "").startswith("ft:tiny:local:best:")
     with world.db.read() as tx:

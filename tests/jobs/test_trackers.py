@@ -14,9 +14,10 @@ from service.jobs.rehearsal import loss
 from service.jobs.states import JobState
 from service.settings import Settings
 from service.store import jobs
-from service.store.tables import Job
+from service.store.tables import Job, Metric
 from service.trackers import feed
 from service.trackers.chosen import why_no_wandb
+from service.trackers.tracker import numbers
 from service.up import UpError, running_service
 from tests.jobs.gate import Build, gated
 from tests.jobs.test_faults import crashing
@@ -204,3 +205,8 @@ def test_a_tracker_that_comes_back_gets_what_it_missed(build: Build, tmp_path: P
     finish(world, job)
     assert scalars(board, job.id, "train_loss") == WHOLE_CURVE
     assert len(warnings(world, job)) == 1
+
+
+def test_a_methods_own_numbers_are_drawn_beside_the_losses() -> None:
+    row = Metric(kind="step", step=1, data={"train_loss": 1, "total_steps": 9, "means": {"train_reward_margin": 0.5}})
+    assert numbers(row) == {"train_loss": 1.0, "train_reward_margin": 0.5}

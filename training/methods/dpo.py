@@ -48,7 +48,7 @@ def prepare(
             if indices:
                 pairs[indices] = found
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if spec.parallel == "fsdp" or not is_out_of_memory(error):  # see `training.fsdp`
             raise
         table[-1] += 1
     workers.sum_(table)
