@@ -23,7 +23,7 @@ def main() -> None:
     for key, value in figures.items():
         table.add_row(key, f"{value:.3g}", benchmark.GOALS.get(key, ""))
     Console().print(table)
-    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+    print(json.dumps({key: float(f"{value:.5g}") for key, value in figures.items()}))
 
 
 if __name__ == "__main__":
