@@ -96,3 +96,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
+
+# On recent GPUs torch would prefer cuDNN's attention, which builds a plan, for tens of milliseconds, for each new
+# shape: here every length and count of equal ones is a shape of its own.
+torch.backends.cuda.enable_cudnn_sdp(False)
