@@ -108,7 +108,7 @@ def plan_json(plan: Json, seed: int | None) -> Json:
     n_epochs = spec["hyperparameters"]["n_epochs"]
     return {
         "object": "fine_tuning.job.plan",
-        "model": spec["base"]["id"],
+        "model": (spec["start"] or {}).get("model_id") or spec["base"]["id"],
         "num_examples": plan["num_examples"],
         "num_validation_examples": plan["num_validation_examples"],
         "num_tokens_per_epoch": plan["num_tokens"],

@@ -13,6 +13,7 @@ from service.store.tables import Job, Metric
 
 CONSTANTS = {"total_steps"}  # the same in every row
 PLACES = {"base", "start", "training_key", "validation_key"}  # in our storage; their ids say more
+TEXTS = {"sample_prompts", "labels", "label_counts"}  # a user's own words stay here
 
 
 class Tracker(Protocol):
@@ -46,10 +47,10 @@ def numbers(row: Metric) -> dict[str, float]:
 
 def settings_of(job: Job) -> dict[str, Any]:
     """What the job was asked to do, the numbers that 'auto' became included, by dotted name."""
-    spec = {name: value for name, value in job.spec.items() if name not in PLACES}
+    spec = {name: value for name, value in _flat(job.spec) if PLACES.union(TEXTS).isdisjoint(name.split("."))}
     files = {"training_file": job.training_file_id, "validation_file": job.validation_file_id}
     start = {"start": job.parent_model_id} if job.parent_model_id else {}
-    return {"job_id": job.id, "base": job.base_id, **start, **files, **dict(_flat(spec))}
+    return {"job_id": job.id, "base": job.base_id, **start, **files, **spec}
 
 
 def outcome_of(job: Job) -> dict[str, str]:
