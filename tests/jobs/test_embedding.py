@@ -73,7 +73,8 @@ def margin(world: World, model: str) -> float:
 def test_a_job_becomes_a_model_that_embeds_better_than_its_base(
     world: World, base: BaseModel, adapter: LoraSpec | None
 ) -> None:
-    hyper = Hyperparameters(n_epochs=10, batch_size=8, learning_rate=3e-3 if adapter is None else 2e-2)
+    n_epochs, rate = (10, 3e-3) if adapter is None else (30, 5e-3)
+    hyper = Hyperparameters(n_epochs=n_epochs, batch_size=8, learning_rate=rate)
     job = world.tick_to(create(world, base, adapter=adapter, hyperparameters=hyper), JobState.SUCCEEDED)
     with world.db.read() as tx:
         model = models.get(tx, PROJECT, job.fine_tuned_model or "")
