@@ -5,7 +5,7 @@ WORKDIR /app
 COPY pyproject.toml requirements.lock README.md ./
 COPY service service
 COPY training training
-RUN pip install --no-cache-dir --constraint requirements.lock '.[postgres,s3]' \
+RUN pip install --no-cache-dir --constraint requirements.lock '.[postgres,s3,wandb,mlflow,tensorboard]' \
     && useradd --create-home --uid 1000 tunesmith \
     && install --directory --owner tunesmith /data
 

@@ -11,7 +11,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,postgres]'
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,postgres,wandb,mlflow,tensorboard]'
 	touch $@
 
 demo: setup

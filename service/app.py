@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from service.api import aliases, bases, chat, completions, files, fine_tuning, health, keys, models, validate_job
+from service.api import (
+    aliases,
+    bases,
+    chat,
+    classify,
+    completions,
+    decisions,
+    embeddings,
+    files,
+    fine_tuning,
+    health,
+    keys,
+    models,
+    validate_job,
+)
 from service.api.errors import install_error_handlers
 from service.api.middleware import install_middleware
 from service.platform import Platform
@@ -23,7 +37,10 @@ from training.storage import Storage
 if TYPE_CHECKING:
     from ray import serve
 
-ROUTERS = (files, fine_tuning, validate_job, models, bases, aliases, keys, chat, completions, health)
+ROUTERS = (
+    *(files, fine_tuning, validate_job, models, bases, aliases, keys, health),
+    *(chat, completions, classify, decisions, embeddings),
+)
 
 
 def build_app(platform: Platform, *, adds_request_id: bool = True) -> FastAPI:

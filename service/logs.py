@@ -15,8 +15,19 @@ job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 _SECRETS = re.compile(r"sk-[\w-]{8,}|hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 
 
+_known: set[str] = set()
+
+
+def never_show(secret: str) -> None:
+    """Replace this secret too from now on, in this process; for those that no pattern finds."""
+    if secret:
+        _known.add(secret)
+
+
 def redact(text: str) -> str:
     """The text with every secret replaced."""
+    for secret in list(_known):
+        text = text.replace(secret, "[redacted]")
     return _SECRETS.sub("[redacted]", text)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     validate_timeout_s: float = Field(50.0, gt=0, description="Seconds a request waits for the plan of a job")
     tick_s: float = Field(0.25, gt=0, description="Pause between two rounds of the orchestrator")
     retry_window_s: float = Field(3600.0, gt=0, description="How long a retried create finds the first one's job")
+
+    wandb_api_key: SecretStr | None = Field(None, description="Key for jobs that ask for Weights & Biases")
+    wandb_base_url: str = Field("https://api.wandb.ai", pattern=r"^https?://", description="A W&B server of your own")
+    wandb_offline: bool = Field(False, description="Keep W&B runs below home/wandb, for `wandb sync`")
+    mlflow_tracking_uri: str = Field("", description="MLflow server or database that gets the curves of all jobs")
+    tensorboard_dir: str = Field("", description="Folder that gets TensorBoard event files of all jobs")
 
     @property
     def home_dir(self) -> Path:

@@ -34,6 +34,7 @@ from service.settings import Settings
 from service.store import bases, keys, migrate, tasks
 from service.store.database import Database
 from service.store.instance import DEFAULT_PROJECT
+from service.trackers.chosen import missing_extras
 
 OBJECT_STORE_BYTES = 512 << 20  # weights and files travel through storage, so Ray's object store stays small
 READY_TIMEOUT_S = 120.0
@@ -123,6 +124,8 @@ def _where_it_answers(home: Path) -> str:
 
 def _prepare_state(settings: Settings) -> tuple[str, str]:
     """Migrate the database, make the admin key valid, register the bases of the settings."""
+    if missing := missing_extras(settings):
+        raise UpError(" ".join(missing))
     db = Database(settings.resolved_database_url)
     try:
         migrate.upgrade(db)

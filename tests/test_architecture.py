@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for package in ("service", "training") for path in (ROOT / package).rglob("*.py"))
 
-CONTRACT = {"training.spec", "training.records", "training.progress", "training.artifact", "training.storage"}
+CONTRACT = {
+    *("training.spec", "training.records", "training.progress", "training.artifact", "training.storage"),
+    "training.pooling",
+}
 # Who may use training beyond the contract and the renderer, and what.
 BRIDGES = {
     "service.jobs.run_actor": {"training.ray_run"},
@@ -71,6 +74,11 @@ def test_engines_and_training_run_without_ray() -> None:
             assert not imports_package(path, "ray"), name
 
 
+def test_ray_tune_stays_in_one_file() -> None:
+    for path in SOURCES:
+        assert module_name(path) == "service.jobs.ray_tune" or not imports_package(path, "ray.tune"), path
+
+
 def test_torch_stays_in_training_and_the_native_engine() -> None:
     for path in SOURCES:
         name = module_name(path)
@@ -111,6 +119,12 @@ def test_every_file_has_a_docstring_and_fits_its_size() -> None:
 )
 def test_imports_without_torch(module: str) -> None:
     code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_tracker_libraries_wait_for_a_run_that_needs_them() -> None:
+    code = "import sys, service.app, service.jobs.run_actor, service.trackers.chosen; "
+    code += "assert not {'wandb', 'mlflow', 'tensorboard'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

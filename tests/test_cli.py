@@ -119,14 +119,29 @@ finally:
 def test_train_with_wait_follows_the_job_to_its_model(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
-    shown = tunesmith("train", str(data), "--base-model", base, "--suffix", "cli", "--rank", "4", "--wait").output
+    shown = tunesmith(
+        "train",
+        str(data),
+        "--base-model",
+        base,
+        "--suffix",
+        "cli",
+        "--rank",
+        "4",
+        "--dora",
+        "--sample",
+        "Who [are] you?",
+        "--wait",
+    ).output
     assert "12 rows" in shown
+    assert "step 4 Who [are] you?\n  Answer 4\n" in shown
     assert "The job has successfully completed" in shown
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.status == "succeeded"
     assert job.fine_tuned_model is not None
     assert f"tunesmith chat {job.fine_tuned_model}" in shown
-    assert (job.model_extra or {})["adapter"]["rank"] == 4
+    adapter = (job.model_extra or {})["adapter"]
+    assert (adapter["rank"], adapter["dora"], adapter["rslora"]) == (4, True, False)
     assert job.fine_tuned_model in tunesmith("models").output  # whole, however narrow the terminal is
     assert f"{job.id}  succeeded  {base}  {job.fine_tuned_model}" in tunesmith("jobs").output
     details = tunesmith("jobs", job.id).output
@@ -146,6 +161,29 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
 
 
+def test_train_learns_from_preferences(tunesmith: Tunesmith, client: OpenAI, base: str, tmp_path: Path) -> None:
+    sides = {name: [{"role": "assistant", "content": name}] for name in ("preferred_output", "non_preferred_output")}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((json.dumps({"input": {"messages": ROW["messages"][:1]}, **sides}) + "\n") * 12)
+    options = ("--method", "dpo", "--beta", "0.3", "--loss-type", "ipo")
+    tunesmith("train", str(pairs), "--base-model", base, *options)
+    method = client.fine_tuning.jobs.list(limit=1).data[0].to_dict()["method"]
+    assert method["type"] == "dpo"  # type: ignore[index]
+    assert {"beta": 0.3, "loss_type": "ipo"}.items() <= method["dpo"]["hyperparameters"].items()  # type: ignore[index]
+    shown = tunesmith("train", str(pairs), "--base-model", base, "--beta", "0.3", expect=2).output
+    assert "--method dpo" in shown
+
+
+def test_train_takes_a_method(tunesmith: Tunesmith, client: OpenAI, tmp_path: Path, base: str) -> None:
+    rows = tmp_path / "labelled.jsonl"
+    rows.write_text("\n".join(f'{{"text": "number {i}", "label": "{i % 2}"}}' for i in range(12)))
+    tunesmith("train", str(rows), "--base-model", base, "--method", "classification", "--epochs", "2")
+    job = client.fine_tuning.jobs.list(limit=1).data[0].to_dict()
+    assert job["method"]["type"] == "classification"  # type: ignore[index]
+    assert job["method"]["classification"]["hyperparameters"]["n_epochs"] == 2  # type: ignore[index]
+    assert "classification" in tunesmith("train", str(rows), "--base-model", base, "--method", "magic", expect=2).output
+
+
 def test_train_validates_on_a_share_of_the_rows_and_stops_early(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
@@ -156,6 +194,44 @@ def test_train_validates_on_a_share_of_the_rows_and_stops_early(
     assert (
         "--validation-split" in tunesmith("train", str(data), "--base-model", base, "--patience", "3", expect=2).output
     )
+
+
+def test_a_sweep_is_followed_to_its_model_and_its_trials_are_compared_in_one_table(
+    tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
+) -> None:
+    options = ("--base-model", base, "--validation-split", "0.2", "--max-concurrent", "1", "--wait")
+    shown = tunesmith("train", str(data), *options, "--sweep", "learning_rate=0.1,1e-3", "--sweep", "n_epochs=1").output
+    assert "Trial 1 of 2 finished: valid_loss 4.8, learning_rate 0.1, n_epochs 1" in shown
+    job = client.fine_tuning.jobs.list(limit=1).data[0]
+    assert f"tunesmith chat {job.fine_tuned_model}" in shown
+    rows = [line.split() for line in tunesmith("jobs", job.id).output.splitlines() if " ftjob-" in line]
+    assert [row[:6] for row in rows if row[0] != "id"][:2] == [
+        ["1", "0.1", "1", "4.8000", "4", "succeeded"],
+        ["*", "2", "0.001", "1", "1.6000", "4"],
+    ]
+
+
+def test_a_random_sweep_draws_from_ranges(tunesmith: Tunesmith, client: OpenAI, data: Path, base: str) -> None:
+    options = ("--base-model", base, "--validation-split", "0.2", "--trials", "3", "--asha")
+    tunesmith("train", str(data), *options, "--sweep", "learning_rate=1e-5..1e-3", "--sweep", "lora_rank=2..8")
+    sweep = (client.fine_tuning.jobs.list(limit=1).data[0].model_extra or {})["sweep"]
+    assert (sweep["search"], sweep["scheduler"], sweep["num_trials"]) == ("random", "asha", 3)
+    assert sweep["parameters"]["learning_rate"] == {"min": 1e-5, "max": 1e-3, "log": True}
+    assert sweep["parameters"]["lora_rank"] == {"min": 2, "max": 8, "log": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--sweep", "learning_rate=1e-4,3e-4"),
+        ("--validation-split", "0.2", "--sweep", "learning_rate=fast"),
+        ("--validation-split", "0.2", "--sweep", "learning_rate"),
+        ("--validation-split", "0.2", "--trials", "3"),
+        ("--validation-split", "0.2", "--asha"),
+    ],
+)
+def test_a_sweep_that_cannot_be_meant_is_explained(tunesmith: Tunesmith, data: Path, options: tuple[str, ...]) -> None:
+    assert "--" in tunesmith("train", str(data), "--base-model", ECHO, *options, expect=2).output
 
 
 def test_a_bad_file_is_refused_with_the_numbers_of_its_lines(tunesmith: Tunesmith, tmp_path: Path) -> None:

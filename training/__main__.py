@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from training.progress import EvalMetrics, Failed, Message, ProgressItem, StepMetrics, Wish
+from training.progress import EvalMetrics, Failed, Message, ProgressItem, Sample, StepMetrics, Wish
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -52,15 +52,21 @@ def describe(item: ProgressItem) -> str:
         return (
             f"step {item.step}/{item.total_steps}  loss {item.train_loss:.4f}  "
             f"accuracy {item.train_mean_token_accuracy:.3f}  rate {item.learning_rate:.2e}  "
-            f"norm {item.grad_norm:.2f}  {item.tokens_per_s:.0f} tokens/s"
+            f"norm {item.grad_norm:.2f}  {item.tokens_per_s:.0f} tokens/s" + _means(item.means)
         )
     if isinstance(item, EvalMetrics):
-        return f"validation after step {item.step}: loss {item.valid_loss:.4f}"
+        return f"validation after step {item.step}: loss {item.valid_loss:.4f}" + _means(item.means)
+    if isinstance(item, Sample):
+        return f"sample after step {item.step}: {item.prompt!r} -> {item.text!r}"
     if isinstance(item, Failed):
         return f"failed ({item.code}): {item.message}"
     if isinstance(item, Message):
         return item.text
     return f"{item.kind.replace('_', ' ')} of step {item.step}"
+
+
+def _means(means: dict[str, float]) -> str:
+    return "".join(f"  {name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
 
 
 def main() -> int:

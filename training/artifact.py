@@ -14,6 +14,7 @@ from training.spec import Contract, TrainSpec
 from training.storage import Storage
 
 MANIFEST = "manifest.json"
+REPORT_FILE = "evaluation.json"  # of a classifier that was validated, see `training.classification_metrics`
 
 
 class FileEntry(Contract):

@@ -1,7 +1,8 @@
 """Attention over packed examples: each example sees itself only, and no T x T mask is ever built.
 
 Registered with transformers under `PACKED`. Models outside `PACKED_MODEL_TYPES` (other attention code, soft caps,
-sinks, recurrent layers) are run on right-padded batches instead; see `training.model`.
+sinks, recurrent layers) are run on right-padded batches instead; see `training.model`. On a CPU, short sequences go
+through `training.short_attention`; all others through torch's own attention, one call for each run of equal lengths.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from training.short_attention import MAX_SHORT, View, short_attention
 
 PACKED = "tunesmith_packed"
 
@@ -35,19 +38,47 @@ def packed_attention(
     example_lengths: tuple[int, ...] = (),
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example of one packed row; tensors are [1, heads, tokens, head_dim]."""
+    """Attention within each example of one packed row, causal unless the module says that it is not; tensors are
+    [1, heads, tokens, head_dim], the result is [1, tokens, heads, head_dim]. Lengths descend."""
     assert query.shape[0] == 1 and query.shape[2] == sum(example_lengths), "a packed row needs its examples' lengths"
-    runs = [(length, len(list(same))) for length, same in groupby(example_lengths)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True)
+    knows_short = query.device.type == "cpu" and (causal or sliding_window is None)
+    num_long = sum(length > MAX_SHORT for length in example_lengths) if knows_short else len(example_lengths)
+    long, short = example_lengths[:num_long], example_lengths[num_long:]
+    outputs, border = [], sum(long)
+    if long:
+        q, k, v = (x[0, :, :border] for x in (query, key, value))
+        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal))
+    if short:
+        q, k, v = (x[0, :, border:] for x in (query, key, value))
+        outputs.append(short_attention(q, k, v, short, View(scale, causal, sliding_window, dropout)))
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+def _long_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+    causal: bool,
+) -> torch.Tensor:
+    """[heads, tokens, head_dim] from the same, with key and value of perhaps fewer heads."""
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     outputs = []
-    for (length, count), *parts in zip(runs, *(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True):
+    for (length, count), *parts in zip(runs, *(x.split(sizes, dim=1) for x in (query, key, value)), strict=True):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)  # [count, heads, length, dim]
         band = _band(length, sliding_window, query.device)
+        is_causal = causal and band is None
         out = scaled_dot_product_attention(
-            q, k, v, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, band, dropout, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [tokens, heads, dim]
-    return torch.cat(outputs).unsqueeze(0), None
+        outputs.append(out.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _band(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -65,3 +96,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
+
+# On recent GPUs torch would prefer cuDNN's attention, which builds a plan, for tens of milliseconds, for each new
+# shape: here every length and count of equal ones is a shape of its own.
+torch.backends.cuda.enable_cudnn_sdp(False)

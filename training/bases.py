@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from training.artifact import FileEntry, Fingerprint, Manifest, canonical_json, commit, read_manifest
-from training.model_shape import INDEX, SINGLE, ModelShape, ShapeError, read_json
+from training.model_shape import ENCODERS, INDEX, SINGLE, ModelShape, ShapeError, read_json
+from training.pooling import MODULES, POOLING_PATTERNS, PoolingError, pooling_files, read_pooling
 from training.render import TOKENIZER_FILES, Renderer, RenderError
 from training.spec import Contract
 from training.storage import Storage
 
 STARTER = "starter"
 _FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_HUB_PATTERNS = ["model*.safetensors", INDEX, "config.json", *TOKENIZER_FILES]
+_HUB_PATTERNS = ["model*.safetensors", INDEX, "config.json", *TOKENIZER_FILES, *POOLING_PATTERNS]
 
 Progress = Callable[[str], None]
 
@@ -37,7 +38,7 @@ class ImportedBase(Contract):
     content_hash: str
     manifest_hash: str
     fingerprint: Fingerprint
-    capabilities: tuple[str, ...]  # "completions", and "chat" if it has a chat template
+    capabilities: tuple[str, ...]  # "completions", and "chat" if it has a chat template; of an encoder "embed"
     architecture: str
     num_parameters: int
     max_context: int  # tokens
@@ -73,11 +74,18 @@ def import_base(storage: Storage, *, id: str, source: str, revision: str | None,
             content_hash=content_hash,
             manifest_hash=manifest.hash(),
             fingerprint=manifest.fingerprint,
-            capabilities=("completions", "chat") if renderer.has_chat_template else ("completions",),
+            capabilities=_capabilities(shape, renderer),
             architecture=shape.architecture,
             num_parameters=shape.num_parameters,
             max_context=shape.max_context,
         )
+
+
+def _capabilities(shape: ModelShape, renderer: Renderer) -> tuple[str, ...]:
+    """What the base can do as it is."""
+    if not shape.is_causal:
+        return ("embed",)
+    return ("completions", "chat") if renderer.has_chat_template else ("completions",)
 
 
 def hash_content(entries: dict[str, FileEntry]) -> str:
@@ -130,7 +138,7 @@ def _download(source: str, revision: str | None, folder: Path, progress: Progres
 
 
 def _wanted_files(folder: Path) -> list[str]:
-    """Names of the files to keep, all of them regular files directly inside the folder."""
+    """Names of the files to keep, all of them regular files inside the folder."""
     present = sorted(path.name for path in folder.iterdir() if not path.is_dir())
     if not any(name.endswith(".safetensors") for name in present):
         raise BaseError(_no_safetensors(present))
@@ -151,12 +159,23 @@ def _wanted_files(folder: Path) -> list[str]:
         if name not in present:
             raise BaseError(f"{name} is missing; found {_listed(present)}")
     index = [INDEX] if INDEX in present else []
-    names = sorted({*weights, *index, "config.json", *(name for name in TOKENIZER_FILES if name in present)})
+    tokenizer = [name for name in TOKENIZER_FILES if name in present]
+    names = sorted({*weights, *index, "config.json", *tokenizer, *_pooling_files(folder)})
     for name in names:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise BaseError(f"{name} is a link that leads out of the folder")
         if not (folder / name).is_file():
             raise BaseError(f"{name} is not a regular file")
+    return names
+
+
+def _pooling_files(folder: Path) -> list[str]:
+    """Those of an encoder in sentence-transformers' layout, which must be one that is understood."""
+    try:
+        names = pooling_files(folder)
+        read_pooling(folder)
+    except PoolingError as error:
+        raise BaseError(f"{error}; without {MODULES} the base can be imported for other uses") from error
     return names
 
 
@@ -174,7 +193,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _checked(folder: Path) -> tuple[ModelShape, Renderer]:
-    """Read configuration, weight headers and tokenizer; BaseError if they do not make a causal language model."""
+    """Read configuration, weight headers and tokenizer; BaseError if no method can start from what they make."""
     try:
         shape = ModelShape(folder)
         for name in ("config.json", "tokenizer_config.json"):
@@ -182,9 +201,12 @@ def _checked(folder: Path) -> tuple[ModelShape, Renderer]:
                 raise BaseError(f"{name} has auto_map: the base needs code of its own, which is never run")
         if "quantization_config" in shape.config:
             raise BaseError("the weights are quantised; import the base in float32, float16 or bfloat16")
-        if not shape.architecture.endswith("ForCausalLM"):
-            named = shape.architecture or "no architecture"
-            raise BaseError(f"config.json names {named}; only causal language models (…ForCausalLM) can be bases")
+        if not shape.methods():
+            named = f"{shape.architecture or 'no architecture'} of the type {shape.model_type or 'unknown'}"
+            raise BaseError(
+                f"config.json names {named}; bases can be causal language models (…ForCausalLM), and encoders "
+                f"(…Model, …ForMaskedLM or …ForPreTraining) of the types {', '.join(sorted(ENCODERS))}"
+            )
         if shape.num_parameters == 0:
             raise BaseError("the safetensors files hold no weights")
         _ = shape.hidden_size, shape.num_layers, shape.max_context  # present, or ShapeError

@@ -16,7 +16,8 @@ import torch
 
 class Examples(Protocol):
     """Tokenised examples, as `datasets.Dataset` gives them: columns `input_ids` and `trained` of equal lengths, and
-    `lengths` of the sequences that an example consists of; a method may add a column `reference`, a number for each."""
+    `lengths` of the sequences that an example consists of; a method may have a column `reference`, a number for each
+    sequence, or `label`, one for each example."""
 
     def __len__(self) -> int: ...
 
@@ -35,14 +36,18 @@ class MicroBatch:
     num_targets: tuple[int, ...]  # kept positions of each sequence
     places: tuple[int, ...]  # where the sequences lie in the row, in the order of the examples
     reference: torch.Tensor | None  # float32 [number of sequences], in the order of the examples
+    labels: torch.Tensor | None  # int64 [number of examples]
+    num_examples: int
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
         if device.type == "cpu":
             return self
         ids, keep, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.keep, self.targets))
-        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
-        return replace(self, input_ids=ids, keep=keep, targets=targets, reference=reference)
+        reference, labels = (
+            None if x is None else x.to(device, non_blocking=True) for x in (self.reference, self.labels)
+        )
+        return replace(self, input_ids=ids, keep=keep, targets=targets, reference=reference, labels=labels)
 
 
 def collate(rows: dict[str, list[Any]]) -> MicroBatch:
@@ -61,6 +66,8 @@ def collate(rows: dict[str, list[Any]]) -> MicroBatch:
         num_targets=tuple(int(part.sum()) for part in keep),
         places=tuple(np.argsort(order).tolist()),
         reference=torch.tensor(rows["reference"]).flatten() if "reference" in rows else None,
+        labels=torch.tensor(rows["label"]) if "label" in rows else None,
+        num_examples=len(rows["lengths"]),
     )
 
 

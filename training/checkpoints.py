@@ -5,14 +5,15 @@ No random state is stored: order and dropout of a step are derived from (seed, s
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 
-from training.artifact import MANIFEST, commit, read_manifest
+from training.artifact import MANIFEST, REPORT_FILE, commit, read_manifest
 from training.export import OPTIMIZER_FILE, STATE_FILE, Exporter
 from training.failure import Failure
 from training.spec import Contract, TrainSpec
@@ -68,16 +69,32 @@ class Checkpoints:
         """The stored state of a step."""
         return TrainerState.model_validate_json(self.storage.read_bytes(f"{self.key(step)}/{STATE_FILE}"))
 
-    def save(self, exporter: Exporter, state: TrainerState, tensors: dict[str, torch.Tensor], scratch_dir: Path) -> str:
-        """Write and commit the checkpoint of `state.step`, whose trainer gave `tensors`; its manifest's hash."""
+    def save(
+        self,
+        exporter: Exporter,
+        state: TrainerState,
+        tensors: dict[str, torch.Tensor],
+        scratch_dir: Path,
+        report: dict[str, Any] | None = None,
+    ) -> str:
+        """Write and commit the checkpoint of `state.step`, whose trainer gave `tensors`, with the report on its
+        evaluation if there is one; returns its manifest's hash."""
+        texts = {STATE_FILE: state.model_dump_json(indent=2).encode()}
+        if report is not None:
+            texts[REPORT_FILE] = json.dumps(report, indent=2, ensure_ascii=False).encode()
         return exporter.commit(
             self.storage,
             self.key(state.step),
             scratch_dir,
             state.step,
             tensors,
-            state.model_dump_json(indent=2).encode(),
+            texts,
         )
+
+    def report(self, step: int) -> dict[str, Any] | None:
+        """The report that was saved with a step's checkpoint."""
+        key = f"{self.key(step)}/{REPORT_FILE}"
+        return json.loads(self.storage.read_bytes(key)) if self.storage.exists(key) else None
 
     def restore(self, exporter: Exporter) -> TrainerState | None:
         """Load the last committed checkpoint into the trainer; None when there is none."""

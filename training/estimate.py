@@ -23,18 +23,17 @@ Counts = npt.NDArray[np.int64]  # one number per example
 
 # -- constants of the memory model, fitted on a CPU with torch 2.13 and transformers 5.23 ------------------------------
 
-PROCESS_BYTES = 470_000_000  # Python with torch, transformers and datasets imported, before any model
+PROCESS_BYTES = 510_000_000  # Python with torch, transformers and datasets imported, before any model
 ADAM_BYTES = 12  # per trained number: gradient, and Adam's two moments, all in fp32
 # Numbers that a layer keeps per token for its backward pass, in multiples of the width (h) and of the MLP's width (i),
 # beside keys and values: inputs of the attention's and the MLP's matrices (3h), queries and attention's output (2h),
 # gate, its activation, up and their product (4i); a trained norm keeps its normalised input as well (2h).
 KEPT_WIDTHS, KEPT_MLP_WIDTHS, KEPT_NORM_WIDTHS = 5, 4, 2
 FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
-LOGIT_BYTES = 25.0  # per trained token and entry of the vocabulary: logits, log-probabilities, their gradients
-HELD = {True: 1.28, False: 0.97}  # bytes held for each byte of activations; by whether an adapter is trained: its
+LOGIT_BYTES = 18.0  # per trained token and entry of the vocabulary: logits, log-probabilities, their gradients
+HELD = {True: 1.6, False: 1.45}  # bytes held for each byte of activations; by whether an adapter is trained: its
 # layers make one output more than they keep
-SHAPE_BYTES = 26_000_000  # per size of a micro-batch in bf16 on a CPU: oneDNN keeps compiled products of each shape,
-MAX_SHAPES = 48  # up to 1024 of them, and they keep the allocator's gaps open
+KERNEL_BYTES = 240_000_000  # matrix products that oneDNN compiled and keeps, in bf16 on a CPU
 
 MAX_EPOCHS_SEEN = 4  # the largest micro-batch hardly grows with more of them
 
@@ -54,7 +53,7 @@ class Parts:
     state: int  # weights, their fp32 masters, gradients and Adam's moments
     activations: int  # kept by the largest micro-batch for its backward pass
     logits: int  # its trained tokens times the vocabulary
-    num_shapes: int  # sizes of micro-batches that oneDNN has to know
+    kernels: int  # compiled matrix products
 
 
 def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts, *, on_gpu: bool = False) -> int:
@@ -68,7 +67,7 @@ def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Cou
     batch = HELD[spec.adapter is not None] * held.activations + LOGIT_BYTES * held.logits
     if on_gpu:
         return held.state + round(batch)
-    training = held.state + round(batch) + SHAPE_BYTES * held.num_shapes
+    training = held.state + round(batch) + held.kernels
     return PROCESS_BYTES + max(training, held.weights + shape.weights_bytes)
 
 
@@ -86,7 +85,7 @@ def parts(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -
         state=state,
         activations=batch_tokens * _activation_bytes(spec, shape),
         logits=batch_trained * shape.vocab_size,
-        num_shapes=min(MAX_SHAPES, _num_micro_batches(spec, len(tokens))) if spec.precision == "bf16" else 0,
+        kernels=KERNEL_BYTES if spec.precision == "bf16" else 0,
     )
 
 
@@ -105,8 +104,9 @@ def trained_parameters(spec: TrainSpec, shape: ModelShape) -> int:
     """Numbers that the optimizer changes."""
     if spec.adapter is None:
         return shape.num_parameters
-    rank = cast(int, spec.adapter.rank)
-    return rank * sum(sum(dims) for dims in shape.adapted(spec.adapter.targets).values())
+    adapted = shape.adapted(spec.adapter.targets).values()
+    magnitudes = sum(max(dims) for dims in adapted) if spec.adapter.dora else 0
+    return cast(int, spec.adapter.rank) * sum(sum(dims) for dims in adapted) + magnitudes
 
 
 def checkpoint_bytes(spec: TrainSpec, shape: ModelShape) -> int:
@@ -163,13 +163,6 @@ def _activation_bytes(spec: TrainSpec, shape: ModelShape) -> int:
         kept += KEPT_NORM_WIDTHS * hidden
     low_rank = len(shape.adapted(spec.adapter.targets)) * cast(int, spec.adapter.rank) if spec.adapter else 0
     return shape.num_layers * (kept * width + 4 * FP32_WIDTHS * hidden) + low_rank * width
-
-
-def _num_micro_batches(spec: TrainSpec, num_examples: int) -> int:
-    """Of one worker in the whole run."""
-    hyper = spec.hyperparameters
-    num_steps = cast(int, hyper.n_epochs) * ceil(num_examples / cast(int, hyper.batch_size))
-    return num_steps * cast(int, hyper.gradient_accumulation_steps)
 
 
 def _largest_micro_batch(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> tuple[int, int]:

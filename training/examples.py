@@ -8,18 +8,29 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from training.model_shape import ModelShape
-from training.records import Record, RecordError, RecordKind, Sequence, iter_records, kind_of, sequences_of
+from training.records import (
+    ClassificationRecord,
+    Record,
+    RecordError,
+    RecordKind,
+    Sequence,
+    iter_records,
+    kind_of,
+    sequences_of,
+)
 from training.render import Example, Renderer, RenderError
 from training.spec import AUTO, TrainSpec
 from training.storage import Storage
+from training.strict_json import show
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,9 +40,25 @@ _ROWS_PER_BATCH = 1000
 _SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("lengths", pa.list_(pa.int32()))]
 )
+_LABELLED_SCHEMA = _SCHEMA.append(pa.field("label", pa.int32()))
 # What each method learns from.
-KINDS: dict[str, tuple[RecordKind, ...]] = {"supervised": ("chat", "completion", "text"), "dpo": ("preference",)}
-Outcome = tuple[Example, ...] | str  # the sequences of a record, or what is wrong with it
+KINDS: dict[str, tuple[RecordKind, ...]] = {
+    "supervised": ("chat", "completion", "text"),
+    "dpo": ("preference",),
+    "classification": ("classification",),
+    "embedding": ("pair",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a model learns from one record."""
+
+    sequences: tuple[Example, ...]
+    label: int | None = None  # number of its label, with the method classification
+
+
+Outcome = Row | str  # or what is wrong with the record
 
 
 class ExamplesError(ValueError):
@@ -47,16 +74,17 @@ def load_examples(spec: TrainSpec, storage: Storage, cache_dir: Path | None = No
     """Training and validation examples with columns `input_ids`, `trained` and `lengths`, in the order of the file.
 
     An example is what its record makes a model read: one sequence, or one after the other the two of a preference, the
-    better one first; `lengths` holds the tokens of each. The Arrow files are written to `cache_dir`, or a new temporary
-    folder; give each process its own. Without a validation file, `validation_split` of the records is held out, chosen
-    by `seed` alone. ExamplesError if any record cannot be rendered, is longer than allowed, or is of a kind that the
-    method does not learn from.
+    better one first, or the texts of a pair; `lengths` holds the tokens of each. With the method classification, whose
+    labels must be resolved, a column `label` holds the number of each example's label. The Arrow files are written to
+    `cache_dir`, or a new temporary folder; give each process its own. Without a validation file, `validation_split` of
+    the records is held out, chosen by `seed` alone. ExamplesError if any record cannot be rendered, is longer than
+    allowed, is of a kind that the method does not learn from, or has a label that the training file lacks.
     """
     folder = Path(cache_dir) if cache_dir is not None else Path(tempfile.mkdtemp(prefix="examples-"))
     base = storage.local_folder(spec.base.key)
     renderer, limit = Renderer.load(base), spec.hyperparameters.max_length
-    max_length = ModelShape(base).max_context if limit == AUTO else limit
-    write = partial(_write, renderer, storage, spec.method, max_length)
+    max_length = ModelShape(base).longest(spec.method) if limit == AUTO else limit
+    write = partial(_write, renderer, storage, spec, max_length)
     train = write(spec.training_key, "training_file", folder / "train.arrow")
     if spec.validation_key is not None:
         return train, write(spec.validation_key, "validation_file", folder / "validation.arrow")
@@ -76,17 +104,18 @@ def split(num_examples: int, share: float, seed: int) -> list[int]:
 
 
 def _write(
-    renderer: Renderer, storage: Storage, method: str, max_length: int, key: str, param: str, path: Path
+    renderer: Renderer, storage: Storage, spec: TrainSpec, max_length: int, key: str, param: str, path: Path
 ) -> Dataset:
     from datasets import Dataset  # takes a second to import: only where examples are really loaded
 
     problems: list[tuple[int, str]] = []
-    rows: list[tuple[Example, ...]] = []
+    rows: list[Row] = []
+    schema = _SCHEMA if spec.classification is None else _LABELLED_SCHEMA
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-        for line, outcome in _rendered(renderer, storage, key, method):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for line, outcome in _rendered(renderer, storage, key, spec):
             if not isinstance(outcome, str):
-                outcome = _fitting(outcome, max_length)
+                outcome = _fitting(outcome, max_length, spec.method)
             if isinstance(outcome, str):
                 problems.append((line, outcome))
                 if len(problems) == MAX_PROBLEMS:
@@ -94,57 +123,65 @@ def _write(
                 continue
             rows.append(outcome)
             if len(rows) == _ROWS_PER_BATCH:
-                writer.write_batch(_batch(rows))
+                writer.write_batch(_batch(rows, schema))
                 rows = []
         if rows:
-            writer.write_batch(_batch(rows))
+            writer.write_batch(_batch(rows, schema))
     if problems:
         raise ExamplesError(param, problems)
     return Dataset.from_file(str(path))
 
 
-def _fitting(sequences: tuple[Example, ...], max_length: int) -> Outcome:
+def _fitting(row: Row, max_length: int, method: str) -> Outcome:
+    sequences = row.sequences
     num_tokens = max(len(sequence.token_ids) for sequence in sequences)
     if num_tokens > max_length:
         return f"{num_tokens} tokens, and at most {max_length} are allowed; shorten or split the record"
     if len({sequence.token_ids for sequence in sequences}) < len(sequences):
+        if method == "embedding":
+            return "two of its texts are the same to the base's tokenizer, nothing to learn"
         return "the chat template writes both outputs alike, nothing to prefer"
-    return sequences
+    return row
 
 
-def _batch(rows: list[tuple[Example, ...]]) -> pa.RecordBatch:
-    columns: list[list[list[int]] | list[list[bool]]] = [
-        [list(chain.from_iterable(sequence.token_ids for sequence in row)) for row in rows],
-        [list(chain.from_iterable(sequence.trained for sequence in row)) for row in rows],
-        [[len(sequence.token_ids) for sequence in row] for row in rows],
-    ]
-    return pa.record_batch([pa.array(c, type=f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
+    columns: dict[str, list[Any]] = {
+        "input_ids": [list(chain.from_iterable(sequence.token_ids for sequence in row.sequences)) for row in rows],
+        "trained": [list(chain.from_iterable(sequence.trained for sequence in row.sequences)) for row in rows],
+        "lengths": [[len(sequence.token_ids) for sequence in row.sequences] for row in rows],
+        "label": [row.label for row in rows],
+    }
+    return pa.record_batch([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
 
 
-def _rendered(renderer: Renderer, storage: Storage, key: str, method: str) -> Iterator[tuple[int, Outcome]]:
+def _rendered(renderer: Renderer, storage: Storage, key: str, spec: TrainSpec) -> Iterator[tuple[int, Outcome]]:
     """Each line's sequences, or what is wrong with it. A file holds one kind, so a wrong one is told once."""
-    lines: list[tuple[int, int]] = []  # number of a good line, and of its sequences
+    labels = {label: number for number, label in enumerate(spec.labels())}
+    lines: list[tuple[int, int, int | None]] = []  # number of a good line, of its sequences, and of its label
     faults: list[tuple[int, str]] = []
 
     def good(file_records: Iterator[tuple[int, Record | RecordError]]) -> Iterator[Sequence]:
         for number, record in file_records:
             if isinstance(record, RecordError):
                 faults.append((number, record.message))
-            elif kind_of(record) not in KINDS[method]:
-                faults.append((number, _wrong_kind(record, method)))
+            elif kind_of(record) not in KINDS[spec.method]:
+                faults.append((number, _wrong_kind(record, spec.method)))
                 return
+            elif isinstance(record, ClassificationRecord) and record.label not in labels:
+                faults.append((number, f"no record of the training file has the label {show(record.label)}"))
             else:
                 sequences = sequences_of(record)
-                lines.append((number, len(sequences)))
+                label = labels[record.label] if isinstance(record, ClassificationRecord) else None
+                lines.append((number, len(sequences), label))
                 yield from sequences
 
     with storage.open_read(key) as file:
         outcomes = renderer.encode_examples(good(iter_records(file)))
         for position, first in enumerate(outcomes):
-            number, num_sequences = lines[position]
+            number, num_sequences, label = lines[position]
             while faults and faults[0][0] < number:
                 yield faults.pop(0)
-            yield number, _together([first, *islice(outcomes, num_sequences - 1)])
+            yield number, _together([first, *islice(outcomes, num_sequences - 1)], label)
     yield from faults
 
 
@@ -155,8 +192,8 @@ def _wrong_kind(record: Record, method: str) -> str:
     return f"a {kind} record, and the method {method} learns from {wanted} records; {kind} records need {fitting}"
 
 
-def _together(outcomes: list[Example | RenderError]) -> Outcome:
+def _together(outcomes: list[Example | RenderError], label: int | None) -> Outcome:
     for outcome in outcomes:
         if isinstance(outcome, RenderError):
             return outcome.message
-    return tuple(outcome for outcome in outcomes if isinstance(outcome, Example))
+    return Row(tuple(outcome for outcome in outcomes if isinstance(outcome, Example)), label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from training.artifact import MANIFEST, Manifest, commit, hash_files
+from training.classifier import label_config
 from training.lora import adapter_config, config_hash, save_adapter
+from training.model_shape import read_json
+from training.pooling import pooling_files
 from training.render import TOKENIZER_FILES, Renderer
 from training.spec import TrainSpec
 from training.storage import Storage
@@ -52,12 +56,34 @@ class Exporter:
             for name in (*TOKENIZER_FILES, "config.json"):  # all that a Renderer reads: serving renders as training did
                 if (self.base_folder / name).exists():
                     shutil.copy(self.base_folder / name, folder / name)
+            self._write_labels(folder)
+            self._write_pooling(folder)
             return
         self.model.save_pretrained(folder, state_dict=self._full_weights())
         for file in self.base_folder.iterdir():  # configuration, tokenizer and licences exactly as the base has them
             is_weights = ".safetensors" in file.name or file.name == MANIFEST
             if file.is_file() and not is_weights:
                 shutil.copy(file, folder / file.name)
+        self._write_labels(folder)
+        self._write_pooling(folder)
+
+    def _write_pooling(self, folder: Path) -> None:
+        """What says how an embedding is made of token states, where the base says it."""
+        for name in pooling_files(self.base_folder) if self.spec.method == "embedding" else ():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(self.base_folder / name, folder / name)
+
+    def _write_labels(self, folder: Path) -> None:
+        """A classifier's configuration is its base's, but for the head."""
+        if self.spec.classification is None:
+            return
+        changes = {
+            "architectures": [type(self.model).__name__],
+            "pad_token_id": self.model.config.pad_token_id,
+            **label_config(self.spec.labels()),
+        }
+        config = read_json(folder / "config.json") | changes
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
 
     def _full_weights(self) -> dict[str, torch.Tensor]:
         """All weights in the base's dtype, from the fp32 masters; tied ones stay one tensor."""
@@ -78,7 +104,7 @@ class Exporter:
         scratch_dir: Path,
         step: int,
         tensors: dict[str, torch.Tensor],
-        state: bytes,
+        texts: dict[str, bytes],
     ) -> str:
         """Write a whole checkpoint to storage, over any unfinished one, and commit it; returns the manifest's hash."""
         staging = scratch_dir / "staging"
@@ -86,7 +112,8 @@ class Exporter:
         staging.mkdir(parents=True)
         self.write(staging)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / OPTIMIZER_FILE)
-        (staging / STATE_FILE).write_bytes(state)
+        for name, text in texts.items():
+            (staging / name).write_bytes(text)
         names = [file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()]
         manifest = Manifest(
             kind="checkpoint",

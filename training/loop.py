@@ -6,9 +6,8 @@ the artifact. Rank 0 writes and reports. What a retry would not mend is returned
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +18,18 @@ import torch
 from training import fsdp
 from training.artifact import read_manifest
 from training.batches import Batches, Examples, MicroBatch, collate
+from training.build import build
 from training.checkpoints import Checkpoints, TrainerState
+from training.classification_metrics import summary
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
-from training.failure import Failure, check_flag, is_out_of_memory, not_finite, out_of_memory
-from training.lora import inject
-from training.methods import dpo, supervised
+from training.failure import Failure, check_flag, is_out_of_memory, not_finite
+from training.methods import classification, dpo, embedding, supervised
 from training.methods.interface import Method
-from training.model import load_model, stored_dtype
-from training.optim import Trainer, learning_rate
-from training.parallel import Workers
+from training.model import stored_dtype
+from training.optim import learning_rate
+from training.parallel import Workers, agree_on
 from training.progress import (
     ArtifactWritten,
     Channel,
@@ -38,18 +38,27 @@ from training.progress import (
     EvalMetrics,
     Failed,
     Message,
+    Sample,
     StepMetrics,
     Stopped,
     Wish,
 )
 from training.reporter import Reporter
+from training.samples import Samples
 from training.spec import TrainSpec
+from training.start import check_start
 from training.storage import Storage
 from training.validation_curve import ValidationCurve
 
-METHODS: dict[str, Method] = {"supervised": supervised, "dpo": dpo}
+METHODS: dict[str, Method] = {
+    "supervised": supervised,
+    "dpo": dpo,
+    "classification": classification,
+    "embedding": embedding,
+}
 WISHES = list(Wish)
-# What every step sums over the workers beside the gradients. Loss and correct are divided by the method's count.
+# What every step sums over the workers beside the gradients; behind it come the method's own numbers. Loss, correct and
+# those are divided by the method's count.
 LOSS, CORRECT, COUNT, TOKENS, OUT_OF_MEMORY, WISH = range(6)
 NUM_SUMS = 6
 
@@ -104,9 +113,9 @@ class _Run:
             self._say_known_checkpoints()
             self.step = artifact.last_step or artifact.step or 0
             return self._finish(artifact.hash(), artifact.step or 0)
-        self._agree_on(self._set_up)
+        agree_on(self.workers, self._set_up)
         self._prepare_examples()
-        self._agree_on(self._resume)
+        agree_on(self.workers, self._resume)
         self._say_known_checkpoints()
         if self._agreed_wish() is Wish.CANCEL:
             return self._stop(Wish.CANCEL)
@@ -115,7 +124,9 @@ class _Run:
             wish = self._train_step()
             if wish is Wish.CANCEL:
                 return self._stop(wish)
-            self._evaluate_if_due()  # also before a stop: a resumed run must know what an uninterrupted one would
+            if self._is_evaluation_due():
+                self._evaluate()  # also before a stop: a resumed run must know what an uninterrupted one would
+                self._sample()
             stops = wish is Wish.CHECKPOINT_AND_STOP and not self._is_complete()
             if stops or self._is_checkpoint_due():
                 self._save_checkpoint()
@@ -135,6 +146,7 @@ class _Run:
     def _set_up(self) -> None:
         """Data, model, optimizer."""
         base_folder = self.storage.local_folder(self.spec.base.key)
+        check_start(self.spec, self.storage)
         try:
             train, valid = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
         except ExamplesError as error:  # planning refuses these rows before
@@ -144,7 +156,11 @@ class _Run:
             raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
         self.train_set: Examples = train
         self.valid_set: Examples | None = valid
-        self._build_model(base_folder)
+        self.samples = Samples.load(self.spec, self.storage, base_folder)
+        start_folder = self.storage.local_folder(self.spec.start.key) if self.spec.start is not None else None
+        num_sums = NUM_SUMS + len(self.method.MEANS)
+        self.model, self.trainer = build(self.spec, base_folder, start_folder, num_sums, self.workers)
+        self.exporter = Exporter(self.spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
 
     def _prepare_examples(self) -> None:
         """What the method must know of the start weights, before any others are loaded; then the order of steps."""
@@ -174,27 +190,10 @@ class _Run:
             self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy
             self.reporter.say(Message, text=f"Resumed from the checkpoint of step {state.step}.")
 
-    def _build_model(self, base_folder: Path) -> None:
-        """Frozen weights are held in the compute dtype; trained ones have fp32 masters in the trainer."""
-        spec = self.spec
-        dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-        full_load = torch.float32 if spec.adapter is None else dtype  # masters start from the exact stored weights
-        is_sharded, settings = spec.parallel == "fsdp", (spec.hyperparameters, NUM_SUMS)
-        self.model = load_model(base_folder, full_load, torch.device("cpu") if is_sharded else self.workers.device)
-        if spec.adapter is not None:
-            inject(self.model, spec.adapter, spec.seed)
-        compute = dtype if spec.adapter is None else None
-        self.trainer = (
-            fsdp.make_trainer(self.model, *settings, compute, self.workers)
-            if is_sharded
-            else Trainer(self.model, *settings, compute)
-        )
-        self.exporter = Exporter(spec, base_folder, stored_dtype(base_folder), self.model, self.trainer)
-
     def _train_step(self) -> Wish:
         """One optimizer step over all workers; returns the wish that they agree on. Failure stops before the update."""
         started = time.perf_counter()
-        self._seed()
+        self.workers.seed(self.spec.seed, self.step)
         self.trainer.zero()
         sums = self.trainer.sums
         try:
@@ -207,6 +206,8 @@ class _Run:
                 sums[CORRECT] += found.num_correct
                 sums[COUNT] += found.num_counted
                 sums[TOKENS] += len(batch.targets)
+                if found.others is not None:
+                    sums[NUM_SUMS:] += found.others
         except (RuntimeError, MemoryError) as error:
             if self.spec.parallel == "fsdp" or not is_out_of_memory(error):
                 raise
@@ -247,6 +248,7 @@ class _Run:
             grad_norm=norm,
             num_trained_tokens=round(num_tokens),
             tokens_per_s=num_tokens / (time.perf_counter() - started),
+            means={name: x / count for name, x in zip(self.method.MEANS, totals[NUM_SUMS:], strict=True)},
         )
 
     def _check_finite(self, total: float, what: str) -> None:
@@ -254,22 +256,37 @@ class _Run:
         if total - total != 0:  # true for infinities and for what is not a number
             raise not_finite(self.step, what, self.checkpoints.committed())
 
-    def _seed(self) -> None:
-        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
-        digest = hashlib.sha256(f"{self.spec.seed} {self.step} {self.workers.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+    def _is_evaluation_due(self) -> bool:
+        """At intervals and after the last step."""
+        return self.step == self.batches.total_steps or self.step % cast(int, self.spec.eval_interval) == 0
 
-    def _evaluate_if_due(self) -> None:
-        """Validate at intervals and after the last step, when there is something to validate on."""
-        is_due = self.step == self.batches.total_steps or self.step % cast(int, self.spec.eval_interval) == 0
-        if not self.valid_set or not is_due:
+    def _sample(self) -> None:
+        """Show what the weights have learnt. The other workers wait at their next sum."""
+        if self.workers.rank != 0:
             return
-        result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size)
+        found = self.samples.generate(self.model)
+        if found is None:
+            self.reporter.say(Message, level="warn", text=f"No memory is left for samples at step {self.step}.")
+        for prompt, text in found or []:
+            self.reporter.say(Sample, step=self.step, prompt=prompt, text=text)
+
+    def _evaluate(self) -> None:
+        """Validate, when there is something to validate on."""
+        if not self.valid_set:
+            return
+        means, labels = self.method.MEANS, self.spec.labels()
+        result = evaluate(
+            self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, means, labels
+        )
         self._check_finite(result.loss, f"the validation loss is {result.loss}")
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
         self.reporter.say(
-            EvalMetrics, step=self.step, valid_loss=result.loss, valid_mean_token_accuracy=result.accuracy
+            EvalMetrics,
+            step=self.step,
+            valid_loss=result.loss,
+            valid_mean_token_accuracy=result.accuracy,
+            means=result.means,
         )
         if (warning := self.curve.warning(self.step)) is not None:
             self.reporter.say(Message, level="warn", text=warning)
@@ -291,7 +308,8 @@ class _Run:
             valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
             curve=self.curve,
         )
-        manifest_hash = self.checkpoints.save(self.exporter, state, tensors, self.scratch_dir)
+        report = evaluation.report if evaluation else None
+        manifest_hash = self.checkpoints.save(self.exporter, state, tensors, self.scratch_dir, report)
         self._say_checkpoint(state, manifest_hash)
         for step in self.checkpoints.prune():
             self.reporter.say(CheckpointDeleted, step=step, key=self.checkpoints.key(step))
@@ -313,6 +331,8 @@ class _Run:
         for text in self.curve.endings(self.step, self.batches.total_steps, self.spec.early_stopping):
             self.reporter.say(Message, text=text)
         step = self.step if self.curve.best_step is None else self.curve.best_step
+        if (found := self.checkpoints.report(step)) is not None:
+            self.reporter.say(Message, text=summary(found))
         return self._finish(self.checkpoints.promote(step, self.artifact_key, self.step), step)
 
     def _finish(self, manifest_hash: str, step: int) -> Outcome:
@@ -323,27 +343,7 @@ class _Run:
         self.reporter.say(Stopped, wish=wish, step=self.step)
         return Outcome("stopped", self.step, wish=wish)
 
-    def _agree_on(self, work: Callable[[], None]) -> None:
-        """Do work that every worker does by itself; when one of them fails, all of them do."""
-        failure: Failure | None = None
-        try:
-            work()
-        except Failure as error:
-            failure = error
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = out_of_memory()
-        num_failed = self._sum(float(failure is not None))
-        if num_failed:
-            raise failure or Failure("worker_failed", "Another worker of this run could not start.")
-
     def _agreed_wish(self) -> Wish:
         """Rank 0's wish, known to all."""
-        return WISHES[round(self._sum(float(WISHES.index(self.reporter.wish)) if self.workers.rank == 0 else 0.0))]
-
-    def _sum(self, value: float) -> float:
-        """The sum of one number over the workers."""
-        total = torch.tensor(value, device=self.workers.device)
-        self.workers.sum_(total)
-        return total.item()
+        mine = float(WISHES.index(self.reporter.wish)) if self.workers.rank == 0 else 0.0
+        return WISHES[round(self.workers.total(mine))]

@@ -1,4 +1,5 @@
-"""The model of a run: loading it from a base folder, and logits for a micro-batch. LoRA is in `training.lora`."""
+"""A language model: loading it from a folder, and its logits for a micro-batch. LoRA is in `training.lora`, models with
+a label head are in `training.classifier`, encoders without a head in `training.embedder`."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.failure import Failure
+from training.packed_row import num_until_known_shape, packed_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,16 +59,19 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def kept_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Logits [kept positions, vocabulary]; the vocabulary is never spread over positions that have no loss."""
-    if model.config._attn_implementation == PACKED:
-        positions = torch.cat([torch.arange(length) for length in batch.lengths]).to(batch.input_ids.device)
-        return model(
-            input_ids=batch.input_ids[None],
-            position_ids=positions[None],
-            logits_to_keep=batch.keep[None],
-            example_lengths=batch.lengths,
-            use_cache=False,
-        ).logits
-    return _padded_logits(model, batch)
+    if model.config._attn_implementation != PACKED:
+        return _padded_logits(model, batch)
+    row, kept = packed_row(batch), batch.keep.nonzero().squeeze(1)
+    if kept.device.type == "cpu":
+        kept = pad(kept, (0, num_until_known_shape(len(kept))))
+    logits = model(
+        input_ids=row.input_ids,
+        position_ids=row.positions,
+        logits_to_keep=kept,
+        example_lengths=row.lengths,
+        use_cache=False,
+    ).logits
+    return logits[0, : len(batch.targets)]
 
 
 def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from training.pooling import read_pooling
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BYTES = {
@@ -35,6 +37,19 @@ _HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads")
 LAYER_NAME = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 _UNLIMITED = 10**9  # tokenizers write 10**30 for "no limit"
 
+# Encoders that read a text from both sides, by model type. A test proves each, as it does the types of the next list.
+ENCODERS = frozenset(
+    {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
+    | {"modernbert", "albert", "deberta-v2", "mpnet"}
+)
+# Causal language models that transformers builds with a label head on the last token.
+_CAUSAL_WITH_LABELS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2"}
+    | {"starcoder2", "gpt_neo", "gpt_neox", "opt"}
+)
+_ENCODER_ENDINGS = ("Model", "ForMaskedLM", "ForPreTraining")
+COUNT_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})  # their first positions stay unused
+
 
 class ShapeError(ValueError):
     """The folder does not describe a model that can be used; the message is for the user."""
@@ -54,14 +69,41 @@ class ModelShape:
         return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
     @property
+    def model_type(self) -> str:
+        """The family, in transformers' words."""
+        name = self.config.get("model_type")
+        return name if isinstance(name, str) else ""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a language model that continues a text."""
+        return self.architecture.endswith("ForCausalLM")
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is an encoder, with or without the head of its pre-training (which is not used)."""
+        is_known = self.model_type in ENCODERS and not self.config.get("is_decoder")
+        has_such_a_head = self.architecture.endswith(_ENCODER_ENDINGS) and not self.architecture.endswith("LMHeadModel")
+        return is_known and has_such_a_head
+
+    def methods(self) -> tuple[str, ...]:
+        """The methods by which it can be fine-tuned."""
+        if self.is_encoder:
+            return ("classification", "embedding")
+        if not self.is_causal:
+            return ()
+        labels = ("classification",) if self.model_type in _CAUSAL_WITH_LABELS else ()
+        return ("supervised", "dpo", *labels)
+
+    @property
     def hidden_size(self) -> int:
         """The model's width."""
-        return self._number("hidden_size", "n_embd", "d_model")
+        return self._number("hidden_size", "n_embd", "d_model", "dim")
 
     @property
     def num_layers(self) -> int:
         """Transformer blocks."""
-        return self._number("num_hidden_layers", "n_layer", "num_layers")
+        return self._number("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
     @property
     def mlp_size(self) -> int:
@@ -85,12 +127,19 @@ class ModelShape:
     def max_context(self) -> int:
         """Most tokens of one sequence: what the positions allow, and not more than the tokenizer's own limit."""
         limits = [self.config[key] for key in _CONTEXT_KEYS if isinstance(self.config.get(key), int)][:1]
+        if limits and self.model_type in COUNT_FROM_PADDING:
+            limits[0] -= int(self.config.get("pad_token_id", 1)) + 1
         tokenizer_limit = read_json(self.folder / "tokenizer_config.json", missing_ok=True).get("model_max_length")
         if isinstance(tokenizer_limit, int | float) and 0 < tokenizer_limit < _UNLIMITED:
             limits.append(int(tokenizer_limit))
         if not limits:
             raise ShapeError("config.json does not tell the context length (max_position_embeddings)")
         return min(limits)
+
+    def longest(self, method: str) -> int:
+        """Most tokens that a method's texts may have: embeddings may have a limit of their own."""
+        own = read_pooling(self.folder).max_length if method == "embedding" else None
+        return self.max_context if own is None else min(self.max_context, own)
 
     def weight_files(self) -> list[str]:
         """Names of the safetensors files that hold the weights, as transformers would choose them."""
@@ -144,9 +193,9 @@ class ModelShape:
         return _DTYPES.get(most, most.lower())
 
     def linear_weights(self) -> dict[str, tuple[int, ...]]:
-        """Matrices of the linear layers by module name: two-dimensional weights but embeddings and the output layer,
-        which is what "all-linear" means in PEFT."""
-        outside = ("embed", "wte", "wpe", "lm_head", "embed_out")
+        """Matrices of the linear layers by module name: two-dimensional weights but embeddings and the heads of
+        pre-training, which is what "all-linear" means in PEFT."""
+        outside = ("embed", "wte", "wpe", "lm_head", "embed_out", "cls.", "predictions", "vocab_")
         return {
             name.removesuffix(".weight"): shape
             for name, shape in self.parameters.items()

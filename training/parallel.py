@@ -5,10 +5,14 @@ Works alone, under torchrun (which this file joins), and under Ray Train (which 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from training.failure import Failure, is_out_of_memory, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,35 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def total(self, value: float) -> float:
+        """The sum of one number over the workers."""
+        total = torch.tensor(value, device=self.device)
+        self.sum_(total)
+        return total.item()
+
+    def seed(self, seed: int, step: int) -> None:
+        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
+        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
     def leave(self) -> None:
         """Wait for the others and dissolve a group that torchrun started."""
         if self.size > 1 and dist.is_torchelastic_launched():
             dist.barrier()
             dist.destroy_process_group()
+
+
+def agree_on(workers: Workers, work: Callable[[], None]) -> None:
+    """Do work that every worker does by itself; when one of them fails, all of them do."""
+    failure: Failure | None = None
+    try:
+        work()
+    except Failure as error:
+        failure = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = out_of_memory()
+    num_failed = workers.total(float(failure is not None))
+    if num_failed:
+        raise failure or Failure("worker_failed", "Another worker of this run could not start.")

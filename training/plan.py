@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training import auto, estimate
+from training.auto import unless_given as _or
 from training.examples import ExamplesError, load_examples
-from training.model_shape import ModelShape, ShapeError, is_known
+from training.failure import Failure
+from training.labels import count_labels, problem_of, warnings_of, with_counts
+from training.model_shape import ModelShape, ShapeError
+from training.plan_checks import PlanError, check_batches, check_method, check_request
 from training.records import ChatRecord, RecordError, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
-from training.spec import AUTO, Contract, Hyperparameters, LoraSpec, TrainSpec
+from training.sample_prompts import PromptError, encode_prompts
+from training.spec import AUTO, Contract, Hyperparameters, TrainSpec
+from training.start import check_start
 from training.storage import Storage
 
 if TYPE_CHECKING:
@@ -35,19 +41,6 @@ _BORDER = (
     "What serving sends before an answer is not what stands before it in training: the template's generation prompt "
     "differs from its assistant header, or a token spans the border between the two."
 )
-
-
-class PlanError(ValueError):
-    """A job that cannot work as asked; `param` is the request field to change."""
-
-    def __init__(self, code: str, message: str, param: str | None) -> None:
-        super().__init__(code, message, param)
-        self.code = code
-        self.message = message
-        self.param = param
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class Plan(Contract):
@@ -92,22 +85,34 @@ def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
     `on_gpu` says what kind of memory the workers have."""
     folder = storage.local_folder(spec.base.key)
     try:
+        check_start(spec, storage)
         shape = ModelShape(folder)
-        _check_request(spec, shape)
+        check_method(spec, shape)
+        check_request(spec, shape)
         renderer = Renderer.load(folder)
+        encode_prompts(spec, storage, renderer, shape.max_context)
+    except PromptError as error:
+        raise PlanError("invalid_value", str(error), "sample_prompts") from error
+    except Failure as error:
+        raise PlanError(error.code, error.message, error.param) from error
     except ShapeError as error:
         raise PlanError("invalid_base_model", f"The base model cannot be used: {error}", "model") from error
     except RenderError as error:
         raise PlanError("invalid_base_model", f"The base's tokenizer cannot be used: {error}", "model") from error
     _check_has_template(spec, storage, renderer)
+    spec = _with_labels(spec, storage)
     with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
         train, validation = _load(spec, storage, Path(scratch))
         num_valid = 0 if validation is None else len(validation)
         _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
         counts, validated = _count(train), _count(validation)
-        warnings = _warnings_on_tokens(train, renderer, spec, storage)
+        if spec.classification is not None:
+            spec = with_counts(spec, train["label"])
+            warnings = warnings_of(spec)
+        else:
+            warnings = [] if spec.embedding is not None else _warnings_on_tokens(train, renderer, spec, storage)
     resolved = _resolve(spec, shape, counts)
-    _check_batches(resolved)
+    check_batches(resolved)
     hyper = resolved.hyperparameters
     assert hyper.n_epochs != AUTO and hyper.batch_size != AUTO
     if hyper.batch_size > counts.num_examples:
@@ -126,67 +131,6 @@ def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
         artifact_bytes=estimate.artifact_bytes(resolved, shape),
         warnings=warnings,
     )
-
-
-# -- checks that need no data ------------------------------------------------------------------------------------------
-
-
-def _hyper(spec: TrainSpec) -> str:
-    return f"method.{spec.method}.hyperparameters"
-
-
-def _check_request(spec: TrainSpec, shape: ModelShape) -> None:
-    hyper = spec.hyperparameters
-    if not is_known(shape.architecture):
-        message = f"The base is a {shape.architecture}, which the installed transformers does not know."
-        raise PlanError("invalid_base_model", message, "model")
-    given = hyper.learning_rate != AUTO and hyper.learning_rate_multiplier not in (AUTO, 1.0)
-    if given and spec.unresolved():  # a resolved spec holds both, and its learning_rate is already the product
-        message = "learning_rate is absolute; give it or learning_rate_multiplier, not both."
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.learning_rate_multiplier")
-    if hyper.max_length != AUTO and hyper.max_length > shape.max_context:
-        message = f"max_length {hyper.max_length} is more than the base's context of {shape.max_context} tokens."
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.max_length")
-    if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
-        message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.batch_size")
-    if spec.parallel == "fsdp" and spec.num_workers == 1:
-        message = "One worker has nobody to share the weights with: parallel 'fsdp' needs num_workers of 2 or more."
-        raise PlanError("invalid_value", message, "parallel")
-    if spec.early_stopping is not None and not spec.validates():
-        message = "early_stopping needs a validation file or a validation_split."
-        raise PlanError("invalid_value", message, "early_stopping")
-    if spec.adapter is not None:
-        _check_adapter(spec.adapter, shape)
-
-
-def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
-    if adapter.rank != AUTO and adapter.rank > shape.hidden_size:
-        message = f"LoRA rank {adapter.rank} is more than the model's width of {shape.hidden_size}."
-        raise PlanError("invalid_value", message, "adapter.rank")
-    if not shape.adapted(adapter.targets):
-        missing = "linear layers" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-        known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
-        raise PlanError("invalid_value", f"The base has no {missing}; it has {', '.join(known)}.", "adapter.targets")
-    if isinstance(adapter.targets, str):
-        return
-    for target in adapter.targets:
-        if not shape.adapted((target,)):
-            known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
-            message = f"The base has no linear layer {target!r}; it has {', '.join(known)}."
-            raise PlanError("invalid_value", message, "adapter.targets")
-
-
-def _check_batches(spec: TrainSpec) -> None:
-    hyper = spec.hyperparameters
-    assert hyper.batch_size != AUTO and hyper.gradient_accumulation_steps != AUTO
-    per_worker = ceil(hyper.batch_size / spec.num_workers)
-    if hyper.gradient_accumulation_steps > per_worker:
-        message = (
-            f"gradient_accumulation_steps {hyper.gradient_accumulation_steps} is more than the {per_worker} examples "
-            f"that each worker gets of a batch of {hyper.batch_size}."
-        )
-        raise PlanError("invalid_value", message, f"{_hyper(spec)}.gradient_accumulation_steps")
 
 
 # -- checks on the data ------------------------------------------------------------------------------------------------
@@ -222,6 +166,17 @@ def _check_num_examples(num_given: int, num_validation: int, spec: TrainSpec) ->
         raise PlanError("invalid_training_file", message, "training_file")
     if spec.validation_key is not None and num_validation == 0:
         raise PlanError("invalid_validation_file", "The validation file holds no examples.", "validation_file")
+
+
+def _with_labels(spec: TrainSpec, storage: Storage) -> TrainSpec:
+    """The spec of a classification with the labels of its training file."""
+    if spec.classification is None or spec.classification.labels != AUTO:
+        return spec
+    counts = count_labels(storage, spec.training_key)
+    if (problem := problem_of(counts)) is not None:
+        raise PlanError("invalid_training_file", f"The training file cannot be used: {problem}.", "training_file")
+    found = spec.classification.model_copy(update={"labels": tuple(counts)})
+    return spec.model_copy(update={"classification": found})
 
 
 def _count(examples: Dataset | None) -> _Counts:
@@ -265,8 +220,8 @@ def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:
 def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     """The spec with numbers in place of every auto."""
     hyper, lora = spec.hyperparameters, spec.adapter is not None
-    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples))
-    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers))
+    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples, spec.method))
+    batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers, spec.method))
     multiplier = _or(hyper.learning_rate_multiplier, 1.0)
     rate = auto.learning_rate(shape.hidden_size, lora=lora, method=spec.method)
     mean_tokens = counts.num_tokens / counts.num_examples
@@ -277,31 +232,24 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
         "learning_rate_multiplier": multiplier,
         "learning_rate": _or(hyper.learning_rate, rate * multiplier),
         "gradient_accumulation_steps": _or(hyper.gradient_accumulation_steps, accumulation),
-        "max_length": _or(hyper.max_length, shape.max_context),
+        "max_length": _or(hyper.max_length, shape.longest(spec.method)),
     }
     hyper = hyper.model_copy(update=resolved)
     total = _total_steps(hyper, counts.num_examples)
     adapter = spec.adapter
     if adapter is not None:
-        rank, alpha = _or(adapter.rank, auto.lora_rank(shape.hidden_size)), _or(adapter.alpha, auto.lora_alpha())
+        rank = _or(adapter.rank, auto.lora_rank(shape.hidden_size))
+        alpha = _or(adapter.alpha, auto.lora_alpha(rslora=adapter.rslora))
         adapter = adapter.model_copy(update={"rank": rank, "alpha": alpha})
-    dpo = spec.dpo
-    if dpo is not None:
-        beta, gamma = _or(dpo.beta, auto.beta(dpo.loss_type)), _or(dpo.gamma, auto.gamma(dpo.loss_type))
-        dpo = dpo.model_copy(update={"beta": beta, "gamma": gamma})
     changes = {
         "hyperparameters": hyper,
-        "dpo": dpo,
+        **auto.method_settings(spec),
         "adapter": adapter,
-        "precision": _or(spec.precision, auto.precision(shape.num_parameters)),
+        "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
         "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
         "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
     }
     return TrainSpec.model_validate(spec.model_copy(update=changes).model_dump())
-
-
-def _or(value: Any, resolved: Any) -> Any:
-    return resolved if value == AUTO else value
 
 
 def _total_steps(hyper: Hyperparameters, num_examples: int) -> int:

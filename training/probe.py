@@ -71,6 +71,8 @@ def _short(spec: TrainSpec, num_rows: int) -> TrainSpec:
         "validation_key": None,
         "validation_split": 0.0,
         "early_stopping": None,
+        "start": None,
+        "sample_prompts": (),
         "num_workers": 1,
         "parallel": "data",
         "checkpoint_interval": NUM_STEPS,

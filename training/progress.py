@@ -39,8 +39,9 @@ class Message(Item):
 
 class StepMetrics(Item):
     """One optimizer step. Loss and accuracy are means over what the method counts in the whole (global) batch: trained
-    tokens predicted right (supervised), pairs whose better answer has the larger reward (dpo). OpenAI's name of the
-    field is kept for both."""
+    tokens predicted right (supervised), pairs whose better answer has the larger reward (dpo), texts whose label is the
+    likeliest (classification), anchors nearest to their own positive (embedding). OpenAI's name of the field is kept
+    for all."""
 
     kind: Literal["step"] = "step"
     step: int  # 1-based, counts optimizer steps
@@ -52,6 +53,9 @@ class StepMetrics(Item):
     grad_norm: float
     num_trained_tokens: int  # tokens with a loss in this step, over all workers
     tokens_per_s: float
+    means: dict[str, float] = Field(
+        default_factory=dict
+    )  # what the method reports beside them, see its MEANS: rewards (dpo)
 
 
 class EvalMetrics(Item):
@@ -61,6 +65,16 @@ class EvalMetrics(Item):
     step: int
     valid_loss: float
     valid_mean_token_accuracy: float
+    means: dict[str, float] = Field(default_factory=dict)  # as in StepMetrics
+
+
+class Sample(Item):
+    """What the weights after `step` optimizer steps answer to one of the spec's sample prompts."""
+
+    kind: Literal["sample"] = "sample"
+    step: int
+    prompt: str
+    text: str
 
 
 class CheckpointSaved(Item):
@@ -111,7 +125,15 @@ class Failed(Item):
 
 
 ProgressItem = Annotated[
-    Message | StepMetrics | EvalMetrics | CheckpointSaved | CheckpointDeleted | ArtifactWritten | Stopped | Failed,
+    Message
+    | StepMetrics
+    | EvalMetrics
+    | Sample
+    | CheckpointSaved
+    | CheckpointDeleted
+    | ArtifactWritten
+    | Stopped
+    | Failed,
     Field(discriminator="kind"),
 ]
 

@@ -1,9 +1,10 @@
 """Records: what one line of a training file may hold, and how a bad line is explained to its author.
 
-Four kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`), text (`text`) and
-preference (`input`, `preferred_output` and `non_preferred_output`). A chat record ends with an assistant message and
-trains on at least one. The legacy `functions` / `function_call` form is read as tools. Whether a model's chat template
-can render a record is `training.render`'s question; messages are read in `training.messages`.
+Six kinds, never mixed in one file: chat (`messages`), completion (`prompt` and `completion`), text (`text`),
+classification (`text` and `label`), pair (`anchor`, `positive` and, in all lines or in none, `negative`) and preference
+(`input`, `preferred_output` and `non_preferred_output`). A chat record ends with an assistant message and trains on at
+least one. The legacy `functions` / `function_call` form is read as tools. Whether a model's chat template can render a
+record is `training.render`'s question; messages are read in `training.messages`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from training.strict_json import (
 __all__ = [
     "ChatMessage",
     "ChatRecord",
+    "ClassificationRecord",
     "CompletionRecord",
     "FunctionCall",
+    "PairRecord",
     "PreferenceRecord",
     "Record",
     "RecordError",
@@ -37,13 +40,15 @@ __all__ = [
     "Role",
     "TextRecord",
     "ToolCall",
+    "WholeText",
     "iter_records",
     "kind_of",
     "parse_line",
     "sequences_of",
 ]
 
-RecordKind = Literal["chat", "completion", "text", "preference"]
+RecordKind = Literal["chat", "completion", "text", "preference", "classification", "pair"]
+MAX_LABEL_CHARS = 256
 
 
 class ChatRecord(Contract):
@@ -67,6 +72,31 @@ class TextRecord(Contract):
     text: str
 
 
+class ClassificationRecord(Contract):
+    """A text and the name of the class that it belongs to."""
+
+    text: str
+    label: str
+
+
+class WholeText(Contract):
+    """A text that is read by itself and not continued."""
+
+    text: str
+
+
+class PairRecord(Contract):
+    """Two texts that belong together, and perhaps a third that does not belong to the first."""
+
+    anchor: str
+    positive: str
+    negative: str | None = None
+
+    def texts(self) -> tuple[WholeText, ...]:
+        """What an encoder reads: anchor, positive, and the negative of a triplet."""
+        return tuple(WholeText(text=text) for text in (self.anchor, self.positive, self.negative) if text is not None)
+
+
 class PreferenceRecord(Contract):
     """A conversation and two answers to it, the better one and the worse one; only the answers are learned from."""
 
@@ -86,11 +116,11 @@ class PreferenceRecord(Contract):
         return better, worse
 
 
-Sequence = ChatRecord | CompletionRecord | TextRecord
-Record = Sequence | PreferenceRecord
+Sequence = ChatRecord | CompletionRecord | TextRecord | ClassificationRecord | WholeText
+Record = ChatRecord | CompletionRecord | TextRecord | ClassificationRecord | PreferenceRecord | PairRecord
 SHAPES = (
-    '"messages" (chat), "prompt" and "completion", "text", or "input", "preferred_output" and "non_preferred_output" '
-    "(preference)"
+    '"messages" (chat), "prompt" and "completion", "text", "text" and "label" (classification), '
+    '"anchor" and "positive" (pair), or "input", "preferred_output" and "non_preferred_output" (preference)'
 )
 
 
@@ -116,12 +146,16 @@ _KINDS: dict[type[Record], RecordKind] = {
     CompletionRecord: "completion",
     TextRecord: "text",
     PreferenceRecord: "preference",
+    ClassificationRecord: "classification",
+    PairRecord: "pair",
 }
 
 
 def sequences_of(record: Record) -> tuple[Sequence, ...]:
-    """What a model reads of a record: the record itself, or the two sides of a preference."""
-    return record.sides() if isinstance(record, PreferenceRecord) else (record,)
+    """What a model reads of a record: the record itself, the two sides of a preference, or the texts of a pair."""
+    if isinstance(record, PreferenceRecord):
+        return record.sides()
+    return record.texts() if isinstance(record, PairRecord) else (record,)
 
 
 def parse_line(line: bytes, number: int) -> Record:
@@ -134,7 +168,7 @@ def parse_line(line: bytes, number: int) -> Record:
 
 def iter_records(file: IO[bytes]) -> Iterator[tuple[int, Record | RecordError]]:
     """All lines of a JSONL file but the blank ones, one at a time: the number and the record, or what is wrong."""
-    first: tuple[int, RecordKind] | None = None
+    first: tuple[int, str] | None = None
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -144,7 +178,7 @@ def iter_records(file: IO[bytes]) -> Iterator[tuple[int, Record | RecordError]]:
             continue
         try:
             record = parse_line(line, number)
-            kind = kind_of(record)
+            kind = _form(record)
             first = first or (number, kind)
             if kind != first[1]:
                 raise RecordError(number, f"a {kind} record in a file that starts with {first[1]} (line {first[0]})")
@@ -152,6 +186,11 @@ def iter_records(file: IO[bytes]) -> Iterator[tuple[int, Record | RecordError]]:
             yield number, error
         else:
             yield number, record
+
+
+def _form(record: Record) -> str:
+    """What all records of a file share: the kind, and of pairs whether they have a negative."""
+    return "triplet" if isinstance(record, PairRecord) and record.negative is not None else kind_of(record)
 
 
 def _skip_rest(file: IO[bytes], part: bytes) -> None:
@@ -173,8 +212,12 @@ def _record(value: Any) -> Record:
         prompt, completion = (text_field(value, "", key) for key in ("prompt", "completion"))
         require(completion, "completion: empty, nothing to train on")
         return CompletionRecord(prompt=prompt, completion=completion)
+    if "anchor" in value or "positive" in value:
+        return _pair(value)
+    if "label" in value:
+        return _classification(value)
     if "text" in value:
-        check_keys(value, "", ("text",))
+        check_keys(value, "", ("text", "label"))
         text = text_field(value, "", "text")
         require(text, "text: empty, nothing to train on")
         return TextRecord(text=text)
@@ -209,6 +252,32 @@ def _chat(value: dict[str, Any]) -> ChatRecord:
     require(trained, "messages: every assistant message has weight 0, nothing to train on")
     tools, parallel = read_tools(value, "")
     return ChatRecord(messages=messages, tools=tools, parallel_tool_calls=parallel)
+
+
+def _classification(value: dict[str, Any]) -> ClassificationRecord:
+    check_keys(value, "", ("text", "label"))
+    text = text_field(value, "", "text")
+    require(text.strip(), "text: empty, nothing to classify")
+    label = value["label"]
+    if not isinstance(label, str):
+        as_text = f"; write {show(str(label))}" if isinstance(label, int) and not isinstance(label, bool) else ""
+        raise Fault(f"label: {show(label)} is not text; a label must be a string{as_text}")
+    require(label, "label: must not be empty")
+    require(label == label.strip(), f"label: {show(label)} begins or ends with a blank; two labels must not look alike")
+    require(label.isprintable(), f"label: {show(label)} holds a line break or another character that cannot be shown")
+    require(len(label) <= MAX_LABEL_CHARS, f"label: longer than {MAX_LABEL_CHARS} characters")
+    return ClassificationRecord(text=text, label=label)
+
+
+def _pair(value: dict[str, Any]) -> PairRecord:
+    check_keys(value, "", ("anchor", "positive", "negative"))
+    anchor, positive = (text_field(value, "", key) for key in ("anchor", "positive"))
+    negative = text_field(value, "", "negative") if "negative" in value else None
+    for key, text in (("anchor", anchor), ("positive", positive), ("negative", negative)):
+        require(text is None or text.strip(), f"{key}: empty, nothing to embed")
+    require(positive != anchor, "positive: the same as anchor, nothing to learn")
+    require(negative not in (anchor, positive), "negative: the same as anchor or positive")
+    return PairRecord(anchor=anchor, positive=positive, negative=negative)
 
 
 def _preference(value: dict[str, Any]) -> PreferenceRecord:

@@ -9,7 +9,6 @@ never tokenised apart. Imports neither torch nor Ray; `training.template` knows 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -18,18 +17,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Encoding, Tokenizer
 
 from training.artifact import Fingerprint, canonical_json
-from training.records import ChatRecord, CompletionRecord, Sequence
+from training.records import ChatRecord, ClassificationRecord, CompletionRecord, Sequence, WholeText
 from training.template import TOKEN_END, TOKEN_START, ChatTemplate, RenderError, Span
+from training.tokenizer_files import add_missing_tokens, named_tokens, read_json, set_post_processor, templates
 
 __all__ = ["TOKENIZER_FILES", "Example", "RenderError", "Renderer"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")  # fmt: skip
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MARKED = re.compile(f"{TOKEN_START}([^{TOKEN_START}{TOKEN_END}]*){TOKEN_END}|[{TOKEN_START}{TOKEN_END}]")
 _BATCH = 256  # records rendered before their texts are encoded together
 
@@ -88,21 +86,21 @@ class Renderer:
     @classmethod
     def load(cls, folder: Path) -> Renderer:
         """From tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers reads them."""
-        config = _read_json(folder / "tokenizer_config.json")
-        special = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
+        config = read_json(folder / "tokenizer_config.json")
+        special = named_tokens({**read_json(folder / "special_tokens_map.json"), **config})
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception; the message is all there is
             raise RenderError(f"tokenizer.json cannot be read: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _add_missing_tokens(tokenizer, config, special)
+        add_missing_tokens(tokenizer, config, special)
         if "add_bos_token" in config or "add_eos_token" in config:
-            _set_post_processor(tokenizer, config, special)
-        template, tool_template = _templates(folder, config)
+            set_post_processor(tokenizer, config, special)
+        template, tool_template = templates(folder, config)
         stops: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            ids = _read_json(folder / name).get("eos_token_id")
+            ids = read_json(folder / name).get("eos_token_id")
             stops += ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
         return cls(tokenizer, special, template, tool_template=tool_template, stop_token_ids=stops)
 
@@ -117,6 +115,11 @@ class Renderer:
         (an eos, with some) is left off: the text is to be continued."""
         encoding = self.tokenizer.encode(text, add_special_tokens=True)
         return encoding.ids[: len(encoding.ids) - _num_appended(encoding)]
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Ids of a text that nothing is to follow, with all the tokenizer's special tokens ([CLS] and [SEP], with
+        some): what transformers' `AutoTokenizer` gives. It is what encoders and classifiers read."""
+        return self.tokenizer.encode(text, add_special_tokens=True).ids
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -143,6 +146,8 @@ class Renderer:
                 return self._render_chat(record)
             if isinstance(record, CompletionRecord):
                 return self._completion(record)
+            if isinstance(record, ClassificationRecord | WholeText):
+                return self._whole(record.text)
             ids = self.encode_text(record.text)
             num_front = len(ids) - len(self._plain.encode(record.text, add_special_tokens=False).ids)
             return self._with_eos(ids, max(num_front, 0))
@@ -184,6 +189,13 @@ class Renderer:
         if whole[: len(prompt)] != prompt:
             whole = prompt + self._encode_piece(record.completion)[0]
         return self._with_eos(whole, len(prompt))
+
+    def _whole(self, text: str) -> Example:
+        """The whole text is learned from; as everywhere, its first token does not count."""
+        ids = self.encode_whole(text)
+        if not ids:
+            raise RenderError("the base's tokenizer makes no token of the text")
+        return Example(tuple(ids), tuple(position > 0 for position in range(len(ids))))
 
     def _with_eos(self, ids: list[int], num_untrained: int) -> Example:
         trained = [position >= max(num_untrained, 1) for position in range(len(ids))]
@@ -265,71 +277,6 @@ class Renderer:
         if self._plain.pre_tokenizer is not None:
             pieces = [piece for piece, _ in self._plain.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for piece in pieces for token in self._plain.model.tokenize(piece)]
-
-
-# -- reading the files as transformers does ----------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise RenderError(f"{path.name} is not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens, a base's own ones (image_token, …) included; each is text or an AddedToken as a dict."""
-    tokens = {}
-    for name in [*_NAMED, *(key for key in config if key.endswith("_token") and key not in _NAMED)]:
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[name] = text
-    return tokens
-
-
-def _add_missing_tokens(tokenizer: Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
-    """Tokens that tokenizer_config.json declares and tokenizer.json lacks, in transformers' order."""
-    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    missing: dict[str, AddedToken] = {}
-    declared = config.get("added_tokens_decoder") or {}
-    for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
-        if token["content"] not in present:
-            flags = {key: value for key, value in token.items() if key not in ("content", "__type")}
-            missing[token["content"]] = AddedToken(token["content"], **flags)
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    names = [item.get("content") if isinstance(item, dict) else item for item in extra if not isinstance(extra, dict)]
-    for content in [*special.values(), *names]:
-        if isinstance(content, str) and content not in present:
-            missing.setdefault(content, AddedToken(content, special=True, normalized=False))
-    tokenizer.add_tokens(list(missing.values()))
-
-
-def _set_post_processor(tokenizer: Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
-    """add_bos_token and add_eos_token, where given, rule over tokenizer.json's post-processor, as in transformers."""
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    used = [token for token in (bos, eos) if token]
-    tokenizer.post_processor = TemplateProcessing(
-        single=[part for part in (bos, "$A", eos) if part],
-        pair=[part for part in (bos, "$A", eos, bos, "$B", eos) if part],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(used)],
-    )
-
-
-def _templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The default template and the one for tools, if it has its own. A file rules over the configuration."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8"), None
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {item["name"]: item["template"] for item in value}
-        return named.get("default"), named.get("tool_use") if "default" in named else None
-    return (value, None) if isinstance(value, str) else (None, None)
 
 
 def _num_appended(encoding: Encoding) -> int:

@@ -33,11 +33,21 @@ class BaseRef(Contract):
     content_hash: str
 
 
+class StartRef(Contract):
+    """An earlier fine-tune of the same base to go on from: an adapter's folder, or with `adapter=None` full weights."""
+
+    model_id: str
+    key: str
+    manifest_hash: str
+
+
 class LoraSpec(Contract):
     """Low-rank adaptation (Hu et al. 2021): W + alpha / rank * B @ A on each target linear layer."""
 
     rank: Annotated[int, Field(ge=1, le=512)] | Auto = AUTO
     alpha: PositiveFloat | Auto = AUTO
+    rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023): larger ranks learn as fast
+    dora: bool = False  # a trained length for each row of the sum (Liu et al. 2024), which keeps its direction apart
     dropout: Fraction = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
@@ -82,12 +92,38 @@ class DpoSpec(Contract):
     ] = AUTO  # by how much simpo wants the better answer's reward to be larger
 
 
+SamplePrompts = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=2000)], ...], Field(max_length=8)]
+
+
+class ClassificationSettings(Contract):
+    """What can be chosen for the method `classification`; explained in `training.methods.classification`."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    label_smoothing: Fraction | Auto = AUTO
+
+
+class ClassificationSpec(ClassificationSettings):
+    """Settings of the method `classification`: what can be chosen, and what planning finds in the training file."""
+
+    labels: tuple[str, ...] | Auto = AUTO  # in the order of their numbers
+    label_counts: tuple[int, ...] | Auto = AUTO  # training examples of each label
+
+
+class EmbeddingSpec(Contract):
+    """Settings of the method `embedding`; the loss is explained in `training.methods.embedding`."""
+
+    temperature: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Auto = AUTO
+
+
 class TrainSpec(Contract):
     """One fine-tuning run. `adapter=None` trains all weights."""
 
     base: BaseRef
-    method: Literal["supervised", "dpo"] = "supervised"
+    start: StartRef | None = None  # the weights to start from, if not the base's own; an adapter must fit `adapter`
+    method: Literal["supervised", "dpo", "classification", "embedding"] = "supervised"
     dpo: DpoSpec | None = None  # given with the method dpo, and only with it
+    classification: ClassificationSpec | None = None  # given with the method classification, and only with it
+    embedding: EmbeddingSpec | None = None  # given with the method embedding, and only with it
     training_key: str  # storage key of the JSONL training file
     validation_key: str | None = None
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share held out when no validation file is given
@@ -100,17 +136,25 @@ class TrainSpec(Contract):
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
+    sample_prompts: SamplePrompts = ()  # answered after each evaluation interval, to be looked at
     early_stopping: EarlyStopping | None = None  # needs a validation file or split
 
     def validates(self) -> bool:
         """Whether examples are asked to be held out or given for validation."""
         return self.validation_key is not None or self.validation_split > 0
 
+    def labels(self) -> tuple[str, ...]:
+        """The labels of a resolved classification; none with other methods."""
+        if self.classification is None:
+            return ()
+        assert self.classification.labels != AUTO, "labels are known once the job is planned"
+        return self.classification.labels
+
     def unresolved(self) -> list[str]:
         """Names of the fields still on auto, dotted; empty when the spec can be run."""
         names = [name for name in ("precision", "eval_interval", "checkpoint_interval") if getattr(self, name) == AUTO]
         names += [f"hyperparameters.{name}" for name, value in self.hyperparameters if value == AUTO]
-        for part in ("adapter", "dpo"):
+        for part in ("adapter", "dpo", "classification", "embedding"):
             names += [f"{part}.{name}" for name, value in getattr(self, part) or () if value == AUTO]
         return names
 
@@ -120,6 +164,7 @@ class TrainSpec(Contract):
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> TrainSpec:
-        if (self.dpo is not None) != (self.method == "dpo"):
-            raise ValueError("'dpo' holds the settings of the method 'dpo': give both or neither")
+        for name in ("dpo", "classification", "embedding"):
+            if (getattr(self, name) is not None) != (self.method == name):
+                raise ValueError(f"'{name}' holds the settings of the method '{name}': give both or neither")
         return self

@@ -11,12 +11,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.api.deps import InferenceDep, PlatformDep
-from service.api.generation import Generation, Usage, resolve, respond, serve_requests
+from service.api.generation import Generation, Usage, require, resolve, respond, serve_requests
 from service.api.inference_schemas import CHAT_NEUTRAL, ChatRequest, parse
 from service.api.paging import refuse_unknown_query
 from service.api.sse import encode_text, frame
 from service.engine.protocol import Delta
-from service.errors import NotFound
 from service.serving.messages import ChatPrompt, Target
 
 router = APIRouter(tags=["inference"])
@@ -28,12 +27,7 @@ async def create_chat_completion(request: Request, platform: PlatformDep, caller
     refuse_unknown_query(request)
     body = parse(ChatRequest, await request.body(), CHAT_NEUTRAL)
     target = await resolve(platform, caller, body.model)
-    if "chat" not in target.capabilities:
-        message = (
-            "This is not a chat model and thus not supported in the v1/chat/completions endpoint. "
-            "Did you mean to use v1/completions?"
-        )
-        raise NotFound(message, param="model", code="model_not_supported")
+    require(target, "chat", "v1/chat/completions")
     id = "chatcmpl-" + secrets.token_hex(15)
     prompt = ChatPrompt(tuple(message.to_record() for message in body.messages))
     uses_new_name = body.max_completion_tokens is not None

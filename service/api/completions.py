@@ -11,12 +11,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.api.deps import InferenceDep, PlatformDep
-from service.api.generation import Generation, Usage, resolve, respond, serve_requests
+from service.api.generation import Generation, Usage, require, resolve, respond, serve_requests
 from service.api.inference_schemas import COMPLETION_NEUTRAL, DEFAULT_COMPLETION_TOKENS, CompletionRequest, parse
 from service.api.paging import refuse_unknown_query
 from service.api.sse import encode_text, frame
 from service.engine.protocol import Delta
-from service.errors import NotFound
 from service.serving.messages import Prompt, Target, TextPrompt, TokenPrompt
 
 router = APIRouter(tags=["inference"])
@@ -28,12 +27,7 @@ async def create_completion(request: Request, platform: PlatformDep, caller: Inf
     refuse_unknown_query(request)
     body = parse(CompletionRequest, await request.body(), COMPLETION_NEUTRAL)
     target = await resolve(platform, caller, body.model)
-    if "completions" not in target.capabilities:
-        message = (
-            "This is a chat model and not supported in the v1/completions endpoint. "
-            "Did you mean to use v1/chat/completions?"
-        )
-        raise NotFound(message, param="model", code="model_not_supported")
+    require(target, "completions", "v1/completions")
     id = "cmpl-" + secrets.token_hex(15)
     prompts: list[Prompt] = [
         TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt)) for prompt in body.prompts()

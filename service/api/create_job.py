@@ -10,13 +10,18 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.api.schemas import CreateJob
+from service.api.start_model import find_start
+from service.api.sweep_checks import check_rank_is_free, check_sweep
 from service.auth import Caller
-from service.errors import InvalidRequest, NotFound
+from service.errors import InvalidRequest, NotFound, UnsupportedParameter
+from service.jobs.states import JobKind
 from service.platform import Platform
-from service.store import bases, events, files, jobs, keys
+from service.settings import Settings
+from service.store import events, files, jobs, keys
 from service.store.tables import File, Job
+from service.trackers.chosen import why_no_wandb
 from training.artifact import canonical_json
-from training.spec import AUTO, BaseRef, EarlyStopping, Hyperparameters, TrainSpec
+from training.spec import AUTO, EarlyStopping, Hyperparameters, TrainSpec
 
 MADE_BY_RETRY = "_made_by_retry"  # mark in a job's stored request; no field of a body can have this name
 MAX_SHOWN_FAULTS = 3
@@ -46,16 +51,19 @@ def create_job(tx: Session, platform: Platform, who: Caller, body: CreateJob, at
         tx,
         project_id=who.project_id,
         created_by=who.key_id,
+        kind=JobKind.FINE_TUNING if body.sweep is None else JobKind.SWEEP,
+        sweep=None if body.sweep is None else body.sweep.model_dump(mode="json"),
         method=spec.method,
         priority=body.priority,
         base_id=spec.base.id,
+        parent_model_id=spec.start.model_id if spec.start else None,
         training_file_id=body.training_file,
         validation_file_id=body.validation_file,
         suffix=body.suffix,
         request={**sent, MADE_BY_RETRY: True} if attempt.retry_count else sent,
         request_hash=request_hash,
         spec=spec.model_dump(mode="json"),
-        user_metadata=body.metadata,
+        user_metadata=body.metadata or None,  # an empty object is none, also to the list's `metadata=null`
     )
     events.add(tx, job, f"Created fine-tuning job: {job.id}")
     events.add(tx, job, f"Validating training file: {body.training_file}")
@@ -75,19 +83,27 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
     """What the body asks for, checked as far as no file has to be read."""
     chosen = body.effective_hyperparameters()
     _check_combinations(body, chosen, platform.settings.max_train_workers)
-    base = _base_of(tx, platform, who, body.model)
+    _check_integrations(body, platform.settings)
+    if body.sweep is not None:
+        check_sweep(body, body.sweep, chosen)
+    start = find_start(tx, platform, who, body)
+    if body.sweep is not None:
+        check_rank_is_free(body.sweep, start.adapter, continues=start.model is not None)
     training = _usable_file(tx, who, body.training_file, "training_file")
     validation = None
     if body.validation_file is not None:
         validation = _usable_file(tx, who, body.validation_file, "validation_file")
     return TrainSpec(
-        base=base,
+        base=start.base,
+        start=start.model,
         method=body.method_type,
         dpo=body.dpo_settings(),
+        classification=body.classification_settings(),
+        embedding=body.embedding_settings(),
         training_key=training.storage_key,
         validation_key=validation.storage_key if validation else None,
         validation_split=body.validation_split,
-        adapter=body.adapter.to_spec(),
+        adapter=start.adapter,
         hyperparameters=chosen,
         precision=body.precision,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
@@ -95,6 +111,7 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
         parallel=body.parallel,
         eval_interval=body.eval_interval,
         checkpoint_interval=body.checkpoint_interval,
+        sample_prompts=body.sample_prompts,
         early_stopping=EarlyStopping(**body.early_stopping.model_dump()) if body.early_stopping else None,
     )
 
@@ -121,17 +138,11 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         )
 
 
-def _base_of(tx: Session, platform: Platform, who: Caller, name: str) -> BaseRef:
-    target = platform.catalog.resolve(tx, who.project_id, name)
-    if target.kind != "base":
-        raise InvalidRequest(
-            f"Invalid value for 'model': '{name}' is a fine-tuned model; start from its base '{target.base_id}'.",
-            param="model",
-        )
-    base = bases.get(tx, target.base_id)
-    assert base.storage_key is not None
-    assert base.content_hash is not None
-    return BaseRef(id=base.id, key=base.storage_key, content_hash=base.content_hash)
+def _check_integrations(body: CreateJob, settings: Settings) -> None:
+    why_not = why_no_wandb(settings)
+    if body.integrations and why_not:
+        message = f"Unsupported parameter: 'integrations.0' asks for Weights & Biases. {why_not}"
+        raise UnsupportedParameter(message, param="integrations.0")
 
 
 def _usable_file(tx: Session, who: Caller, file_id: str, param: str) -> File:

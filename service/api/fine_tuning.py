@@ -18,6 +18,7 @@ from service.api.schemas import CreateJob
 from service.api.views import checkpoint_json, event_json, job_json
 from service.auth import Caller
 from service.errors import InvalidRequest, Unavailable
+from service.jobs.states import JobKind
 from service.platform import Platform
 from service.store import checkpoints, events, jobs
 from service.store.paging import Page, page
@@ -29,6 +30,7 @@ MAX_WISH_ATTEMPTS = 5
 
 RetryCount = Annotated[str | None, Header(alias="x-stainless-retry-count")]
 IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key", max_length=256)]
+JobId = Annotated[str | None, Query(min_length=1, max_length=256)]
 LastEventId = Annotated[str | None, Header(alias="last-event-id", max_length=256)]
 
 
@@ -46,23 +48,35 @@ def create(
     attempt = Attempt(int(retry_count or 0) if is_number else 0, idempotency_key or "", request.state.received_at)
     with platform.db.write() as tx:
         job = create_job(tx, platform, who, body, attempt)
-    return job_json(job, platform.settings.organization)
+        trials = jobs.trials(tx, [job.id])  # a retried create may come late
+    return job_json(job, platform.settings.organization, trials)
 
 
 @router.get("")
 def list_jobs(
-    request: Request, platform: PlatformDep, who: JobsDep, after: After = None, limit: Limit = 20
+    request: Request,
+    platform: PlatformDep,
+    who: JobsDep,
+    after: After = None,
+    limit: Limit = 20,
+    parent: JobId = None,
 ) -> dict[str, Any]:
-    """Jobs of the project, newest first; `metadata[name]=value` filters, `metadata=null` finds those without any."""
-    refuse_unknown_query(request, "after", "limit", "metadata", "metadata[")
-    where = jobs.in_project(who.project_id, _metadata_filter(request))
+    """Jobs of the project, newest first; `metadata[name]=value` filters, `metadata=null` finds those without any.
+
+    The trials of sweeps are left out; `parent=` a sweep's id lists that sweep's.
+    """
+    refuse_unknown_query(request, "after", "limit", "metadata", "metadata[", "parent")
+    where = [*jobs.in_project(who.project_id, _metadata_filter(request)), jobs.of_parent(parent)]
     if "metadata" in request.query_params:
         if request.query_params["metadata"] != "null":
             raise InvalidRequest("Use 'metadata[name]=value', or 'metadata=null'.", param="metadata")
         where.append(jobs.without_metadata())
     with platform.db.read() as tx:
+        if parent is not None:
+            jobs.get(tx, who.project_id, parent)
         rows, has_more = page(tx, Job, Page(after, limit), *where)
-    return list_page([job_json(job, platform.settings.organization) for job in rows], has_more)
+        trials = jobs.trials(tx, [job.id for job in rows if job.kind == JobKind.SWEEP])
+    return list_page([job_json(job, platform.settings.organization, trials) for job in rows], has_more)
 
 
 def _metadata_filter(request: Request) -> dict[str, str]:
@@ -83,7 +97,8 @@ def retrieve(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]
     """One job."""
     with platform.db.read() as tx:
         job = jobs.get(tx, who.project_id, job_id)
-    return job_json(job, platform.settings.organization)
+        trials = jobs.trials(tx, [job.id])
+    return job_json(job, platform.settings.organization, trials)
 
 
 @router.post("/{job_id}/cancel", dependencies=[Depends(no_body)])
@@ -110,9 +125,10 @@ def _wish(platform: Platform, who: Caller, job_id: str, wish: Callable[[Session,
         try:
             with platform.db.write() as tx:
                 job = wish(tx, who.project_id, job_id)
+                trials = jobs.trials(tx, [job.id])
         except jobs.StateConflict:
             continue
-        return job_json(job, platform.settings.organization)
+        return job_json(job, platform.settings.organization, trials)
     raise Unavailable("The job is changing its state right now; try again.", retry_after_s=1.0)
 
 
@@ -137,7 +153,8 @@ def list_events(
         return StreamingResponse(follower.frames(), media_type="text/event-stream", headers=SSE_HEADERS)
     with platform.db.read() as tx:
         jobs.get(tx, who.project_id, job_id)
-        rows, has_more = page(tx, Event, Page(after, limit), *events.of_job(job_id))
+        own = events.of_job(job_id)
+        rows, has_more = page(tx, Event, Page(after, limit), *own, cursor_in=own)
     return list_page([event_json(event) for event in rows], has_more)
 
 

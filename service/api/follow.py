@@ -40,7 +40,8 @@ class Follower:
         """The next events, and whether they are the last: state and events are read in one snapshot."""
         with self._db.read() as tx:
             job = jobs.get(tx, self._project_id, self._job_id)
-            rows, has_more = page(tx, Event, Page(self._after, BATCH, "asc"), *events.of_job(self._job_id))
+            own = events.of_job(self._job_id)
+            rows, has_more = page(tx, Event, Page(self._after, BATCH, "asc"), *own, cursor_in=own)
         if rows:
             self._after = rows[-1].id
         return rows, JobState(job.state).is_terminal and not has_more

@@ -23,7 +23,7 @@ from service.api.inference_schemas import Sampling
 from service.api.sse import DONE, ClientGone, Connection, Disconnected, EventStream, error_frame
 from service.auth import Caller
 from service.engine.protocol import Delta
-from service.errors import InvalidRequest, ServiceError
+from service.errors import InvalidRequest, NotFound, ServiceError
 from service.platform import Platform
 from service.serving.engines import Output
 from service.serving.messages import Accepted, Prompt, ServeRequest, Target
@@ -105,7 +105,7 @@ class Generation:
                         self._platform.metrics.observe_first_token(self.target.base_id, waited_s)
                     yield deltas
         finally:
-            self._account()
+            account(self._platform, self._caller, self.target, self.used)
 
     async def _stream(self, number: int, request: ServeRequest) -> AsyncGenerator[list[Delta], None]:
         async with aclosing(self._platform.engines.stream(self.target, request)) as outputs:
@@ -123,26 +123,27 @@ class Generation:
         self.used.completion_tokens += sum(delta.num_tokens for delta in deltas)
         return deltas
 
-    def _account(self) -> None:
-        """Count the tokens, also of a broken-off request; the row is written beside the answer, not before its end."""
-        used = self.used
-        if used.prompt_tokens == 0:
-            return
-        self._platform.metrics.add_tokens(self.target.base_id, used.prompt_tokens, used.completion_tokens)
-        task = asyncio.create_task(run_in_threadpool(self._add_usage))
-        _accounting.add(task)
-        task.add_done_callback(_accounted)
 
-    def _add_usage(self) -> None:
-        with self._platform.db.write() as tx:
-            usage.add(
-                tx,
-                key_id=self._caller.key_id,
-                project_id=self._caller.project_id,
-                model_id=self.target.model_id,
-                prompt_tokens=self.used.prompt_tokens,
-                completion_tokens=self.used.completion_tokens,
-            )
+def account(platform: Platform, caller: Caller, target: Target, used: Usage) -> None:
+    """Count the tokens, also of a broken-off request; the row is written beside the answer, not before its end."""
+    if used.prompt_tokens == 0:
+        return
+    platform.metrics.add_tokens(target.base_id, used.prompt_tokens, used.completion_tokens)
+    task = asyncio.create_task(run_in_threadpool(_add_usage, platform, caller, target, used))
+    _accounting.add(task)
+    task.add_done_callback(_accounted)
+
+
+def _add_usage(platform: Platform, caller: Caller, target: Target, used: Usage) -> None:
+    with platform.db.write() as tx:
+        usage.add(
+            tx,
+            key_id=caller.key_id,
+            project_id=caller.project_id,
+            model_id=target.model_id,
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+        )
 
 
 def _check_capacity(settings: Settings, num_choices: int) -> None:
@@ -159,9 +160,30 @@ def _accounted(task: asyncio.Task[None]) -> None:
         log.error("usage of a request was not stored", exc_info=error)
 
 
+# What a model can do -> how such a model is called, and the endpoint for it.
+_ENDPOINTS = {
+    "chat": ("a chat model", "v1/chat/completions"),
+    "completions": ("a completion model", "v1/completions"),
+    "classify": ("a classifier", "v1/classify or v1/decisions"),
+    "embed": ("an embedding model", "v1/embeddings"),
+}
+
+
 async def resolve(platform: Platform, caller: Caller, name: str) -> Target:
     """What the name means now."""
     return await run_in_threadpool(platform.catalog.lookup, caller.project_id, name)
+
+
+def require(target: Target, capability: str, endpoint: str) -> None:
+    """NotFound that says which endpoint to use, if the model cannot do what this one asks of it."""
+    if capability in target.capabilities:
+        return
+    able = [_ENDPOINTS[name] for name in _ENDPOINTS if name in target.capabilities]
+    kind = able[0][0] if able else "a model that can only be fine-tuned"
+    is_not = "not a chat model and thus not" if capability == "chat" else f"{kind} and not"  # OpenAI's words
+    hint = f" Did you mean to use {able[0][1]}?" if able else ""
+    message = f"This is {is_not} supported in the {endpoint} endpoint.{hint}"
+    raise NotFound(message, param="model", code="model_not_supported")
 
 
 def serve_requests(

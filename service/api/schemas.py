@@ -8,11 +8,26 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from training.spec import AUTO, Auto, DpoSpec, EarlyStopping, Hyperparameters, LoraSpec, PositiveFloat, PositiveInt
+from service.jobs.sweeps import Sweep
+from training.spec import (
+    AUTO,
+    Auto,
+    ClassificationSettings,
+    ClassificationSpec,
+    DpoSpec,
+    EarlyStopping,
+    EmbeddingSpec,
+    Hyperparameters,
+    LoraSpec,
+    PositiveFloat,
+    PositiveInt,
+)
 
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
+
+MethodType = Literal["supervised", "dpo", "classification", "embedding"]
 
 _SUFFIX = re.compile(r"[a-z0-9._-]{1,64}")
 _BASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -69,21 +84,18 @@ def _refuse(value: Any, why: str) -> Any:
     return None
 
 
-def _no_integrations(value: Any) -> Any:
-    return _refuse(value, "Unsupported parameter: 'integrations'. This service sends nothing to third parties.")
-
-
 def _no_reinforcement(value: Any) -> Any:
     if value == "reinforcement":
         why = (
-            "Unsupported parameter: 'method.type' cannot be 'reinforcement' here. Supported are 'supervised' and 'dpo'."
+            "Unsupported parameter: 'method.type' cannot be 'reinforcement' here. Supported are 'supervised', 'dpo', "
+            "'classification' and 'embedding'."
         )
         raise PydanticCustomError("unsupported_parameter", "{why}", {"why": why})
     return value
 
 
 def _no_other_method(value: Any) -> Any:
-    return _refuse(value, "Unsupported parameter: 'method' may hold 'supervised' or 'dpo' only.")
+    return _refuse(value, "Unsupported parameter: 'method' may hold the settings of its own type only.")
 
 
 def _only_of_its_type(value: Any, info: ValidationInfo) -> Any:
@@ -122,12 +134,34 @@ class Dpo(Wire):
     hyperparameters: WireDpoHyperparameters | None = None
 
 
+class WireClassificationHyperparameters(WireHyperparameters, ClassificationSettings):
+    """The same, and what can be chosen for the method `classification`."""
+
+
+class Classification(Wire):
+    """Settings of the method `classification`."""
+
+    hyperparameters: WireClassificationHyperparameters | None = None
+
+
+class WireEmbeddingHyperparameters(WireHyperparameters, EmbeddingSpec):
+    """The same, and the settings of the method `embedding`."""
+
+
+class Embedding(Wire):
+    """Settings of the method `embedding`."""
+
+    hyperparameters: WireEmbeddingHyperparameters | None = None
+
+
 class Method(Wire):
     """How to fine-tune."""
 
-    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_no_reinforcement)]
+    type: Annotated[MethodType, BeforeValidator(_no_reinforcement)]
     supervised: Annotated[Supervised | None, BeforeValidator(_only_of_its_type)] = None
     dpo: Annotated[Dpo | None, BeforeValidator(_only_of_its_type)] = None
+    classification: Annotated[Classification | None, BeforeValidator(_only_of_its_type)] = None
+    embedding: Annotated[Embedding | None, BeforeValidator(_only_of_its_type)] = None
     reinforcement: Annotated[None, BeforeValidator(_no_other_method)] = None
 
 
@@ -160,6 +194,29 @@ class WireEarlyStopping(EarlyStopping):
     model_config = ConfigDict(strict=True)
 
 
+def _wandb_project(name: str) -> str:
+    """What W&B itself would refuse, when the run has begun already."""
+    if set(name) & set("/\\#?%:"):
+        raise ValueError("it must not contain any of / \\ # ? % :")
+    return name
+
+
+class Wandb(Wire):
+    """Where in Weights & Biases the job's numbers go."""
+
+    project: Annotated[Text, Field(min_length=1, max_length=128), AfterValidator(_wandb_project)]
+    name: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    entity: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    tags: Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], Field(max_length=64)] | None = None
+
+
+class Integration(Wire):
+    """A tracker that this job wants; others are switched on for all jobs by settings."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
 class CreateJob(Wire):
     """Body of POST /v1/fine_tuning/jobs: OpenAI's fields, then ours."""
 
@@ -169,7 +226,7 @@ class CreateJob(Wire):
     suffix: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_safe_suffix)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
-    integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
     hyperparameters: TopHyperparameters | None = None
     method: Method | None = None
 
@@ -180,11 +237,15 @@ class CreateJob(Wire):
     early_stopping: WireEarlyStopping | None = None
     precision: Literal["fp32", "bf16"] | Auto = AUTO
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    sample_prompts: Annotated[
+        tuple[Annotated[Text, Field(min_length=1, max_length=2000)], ...], Field(strict=False, max_length=8)
+    ] = ()
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
+    sweep: Sweep | None = None
 
     @property
-    def method_type(self) -> Literal["supervised", "dpo"]:
+    def method_type(self) -> MethodType:
         """How to fine-tune; `supervised` unless the body says otherwise."""
         return "supervised" if self.method is None else self.method.type
 
@@ -199,8 +260,20 @@ class CreateJob(Wire):
             return None
         return DpoSpec.model_validate(_given(self._of_method(), DpoSpec))
 
+    def classification_settings(self) -> ClassificationSpec | None:
+        """The same for the method `classification`."""
+        if self.method_type != "classification":
+            return None
+        return ClassificationSpec.model_validate(_given(self._of_method(), ClassificationSettings))
+
+    def embedding_settings(self) -> EmbeddingSpec | None:
+        """The same for the method `embedding`."""
+        if self.method_type != "embedding":
+            return None
+        return EmbeddingSpec.model_validate(_given(self._of_method(), EmbeddingSpec))
+
     def _of_method(self) -> WireHyperparameters | None:
-        settings = None if self.method is None else (self.method.supervised or self.method.dpo)
+        settings = None if self.method is None else getattr(self.method, self.method.type)
         return None if settings is None else settings.hyperparameters
 
 

@@ -30,6 +30,10 @@ KIND = "preview_job"
 @router.post("/validate")
 async def validate(body: CreateJob, platform: PlatformDep, who: JobsDep) -> dict[str, Any]:
     """The plan, or as a 400 the coded error that the job would end with."""
+    if body.sweep is not None:
+        raise InvalidRequest(
+            "A plan is of one run: leave 'sweep' out here, and set the values to be planned.", param="sweep"
+        )
     until = time.monotonic() + platform.settings.validate_timeout_s
     while (task_id := await asyncio.to_thread(_queue, platform, who, body)) is None:  # its files are being checked
         await _pause(until)
@@ -62,7 +66,7 @@ def _queue(platform: Platform, who: Caller, body: CreateJob) -> str | None:
             return None
         if tasks.num_open(tx, KIND) >= MAX_OPEN:
             raise RateLimited("Too many plans are being made right now; try again soon.", retry_after_s=2.0)
-        return tasks.add(tx, KIND, {"spec": spec.model_dump(mode="json")}).id
+        return tasks.add(tx, KIND, {"spec": spec.model_dump(mode="json"), "project_id": who.project_id}).id
 
 
 def _answer(platform: Platform, task_id: str) -> dict[str, Any] | None:

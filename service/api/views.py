@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from service.jobs.states import JobState
+from service.jobs.sweeps import Trial, find_best
 from service.store.aliases import Current
 from service.store.tables import BaseModel, Checkpoint, Event, Job, Key, Model
 
 TOP_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")  # the last one where it has one
+FOUND_IN_THE_DATA = ("labels", "label_counts")  # parts of a spec that nobody chooses
 RESOLVED_FIELDS = (
     "precision",
     "parallel",
@@ -25,9 +28,14 @@ def _seconds(at: float | None) -> int | None:
     return None if at is None else int(at)
 
 
-def job_json(job: Job, organization: str) -> Json:
-    """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there."""
-    chosen: Json = {**job.spec["hyperparameters"], **(job.spec.get(job.method) or {})}  # a method's own beside them
+def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
+    """A fine-tuning job. Hyperparameters come from the stored spec: 'auto' until the plan has put numbers there.
+
+    A sweep needs its trials beside it; those of other sweeps are passed over. Once it is over, its hyperparameters are
+    the best trial's.
+    """
+    own = {name: value for name, value in (job.spec.get(job.method) or {}).items() if name not in FOUND_IN_THE_DATA}
+    chosen: Json = {**job.spec["hyperparameters"], **own}  # a method's own beside them
     succeeded = job.state == JobState.SUCCEEDED
     return {
         "id": job.id,
@@ -35,7 +43,7 @@ def job_json(job: Job, organization: str) -> Json:
         "created_at": int(job.created_at),
         "finished_at": _seconds(job.finished_at),
         "estimated_finish": _seconds(job.estimated_finish_at),
-        "model": job.base_id,
+        "model": job.parent_model_id or job.base_id,
         "fine_tuned_model": job.fine_tuned_model if succeeded else None,
         "organization_id": organization,
         "status": job.state,
@@ -47,7 +55,7 @@ def job_json(job: Job, organization: str) -> Json:
         "method": {"type": job.method, job.method: {"hyperparameters": chosen}},
         "seed": job.spec["seed"],
         "error": job.error,
-        "integrations": None,
+        "integrations": _integrations_json(job),
         "metadata": job.user_metadata,
         "suffix": job.suffix,
         "adapter": _adapter_json(job.spec["adapter"]),
@@ -55,6 +63,7 @@ def job_json(job: Job, organization: str) -> Json:
         "parallel": job.spec.get("parallel", "data"),  # jobs of an earlier version have none
         "validation_split": job.spec["validation_split"],
         "early_stopping": job.spec.get("early_stopping"),
+        "sample_prompts": job.spec.get("sample_prompts", []),
         "precision": job.spec["precision"],
         "eval_interval": job.spec["eval_interval"],
         "checkpoint_interval": job.spec["checkpoint_interval"],
@@ -63,6 +72,32 @@ def job_json(job: Job, organization: str) -> Json:
         "desired": job.desired,
         "state_version": job.state_version,
         "started_at": _seconds(job.started_at),
+        "kind": job.kind,
+        "sweep": None if job.sweep is None else _sweep_json(job, [t for t in trials if t.parent_job_id == job.id]),
+        "parent": job.parent_job_id,
+        "trial": None if job.trial is None else {"number": job.trial_number, **job.trial},
+    }
+
+
+def _sweep_json(job: Job, trials: list[Job]) -> Json:
+    """What was asked, and every combination with how it does; one that has not begun has no job yet."""
+    combinations = (job.plan or {}).get("trials", [])
+    rows: dict[int | None, Json] = {
+        number: {"number": number, "job_id": None, "status": None, **Trial(parameters=parameters).model_dump()}
+        for number, parameters in enumerate(combinations, start=1)
+    }
+    for trial in trials:
+        rows[trial.trial_number] = {
+            "number": trial.trial_number,
+            "job_id": trial.id,
+            "status": trial.state,
+            **(trial.trial or {}),
+        }
+    best = find_best(trials)
+    return {
+        **(job.sweep or {}),
+        "trials": list(rows.values()),
+        "best_trial": None if best is None else best.trial_number,
     }
 
 
@@ -73,7 +108,7 @@ def plan_json(plan: Json, seed: int | None) -> Json:
     n_epochs = spec["hyperparameters"]["n_epochs"]
     return {
         "object": "fine_tuning.job.plan",
-        "model": spec["base"]["id"],
+        "model": (spec["start"] or {}).get("model_id") or spec["base"]["id"],
         "num_examples": plan["num_examples"],
         "num_validation_examples": plan["num_validation_examples"],
         "num_tokens_per_epoch": plan["num_tokens"],
@@ -96,6 +131,12 @@ def plan_json(plan: Json, seed: int | None) -> Json:
             **{name: spec[name] for name in RESOLVED_FIELDS},
         },
     }
+
+
+def _integrations_json(job: Job) -> list[Json] | None:
+    asked = job.request.get("integrations") or []
+    names = ("project", "name", "entity", "tags")
+    return [{"type": one["type"], "wandb": {name: one["wandb"].get(name) for name in names}} for one in asked] or None
 
 
 def _adapter_json(adapter: Json | None) -> Json:

@@ -7,7 +7,7 @@ nor Ray, which would make `--help` slow: each command imports what it needs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,8 +70,12 @@ def demo(
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Training file (JSONL).")],
-    base_model: Annotated[str, typer.Option(help="Base to start from; see `tunesmith base list`.")],
+    base_model: Annotated[str, typer.Option(help="Base, or earlier fine-tune, to start from.")],
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's id.")] = None,
+    method: Annotated[
+        Literal["supervised", "dpo", "classification", "embedding"],
+        typer.Option(help="How the model learns from the rows."),
+    ] = "supervised",
     validation_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Rows that are only measured.")
     ] = None,
@@ -81,11 +85,33 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without a lower validation loss.")
     ] = None,
+    beta: Annotated[float | None, typer.Option(help="How far dpo may lead away.", show_default="auto")] = None,
+    loss_type: Annotated[
+        Literal["sigmoid", "ipo", "simpo", "orpo"] | None, typer.Option(help="Loss of dpo.", show_default="sigmoid")
+    ] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option(help="A prompt to answer at each evaluation; may be repeated.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, max=50, show_default="auto")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Absolute.", show_default="auto")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, max=512, help="LoRA rank.", show_default="auto")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale LoRA by the root of its rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="LoRA with a trained length for each row of weights.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=V,V|NAME=MIN..MAX", help="Try values of learning_rate, batch_size, n_epochs or lora_rank."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="So many random combinations of --sweep.", show_default="all")
+    ] = None,
+    asha: Annotated[bool, typer.Option("--asha", help="Stop weak trials of a sweep early.")] = False,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials of a sweep at a time.", show_default="2")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job until it is over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and create nothing.")] = False,
     url: Url = DEFAULT_URL,
@@ -93,15 +119,38 @@ def train(
 ) -> None:
     """Upload a data set and create a fine-tuning job."""
     from service.cli import dry_run as dry_running
-    from service.cli import jobs
+    from service.cli import jobs, sweeps
     from service.cli.client import connected
 
-    if full and rank is not None:
-        raise typer.BadParameter("--rank belongs to LoRA and cannot go with --full.")
+    chosen = {"rank": rank, "rslora": rslora or None, "dora": dora or None}
+    adapter = {name: value for name, value in chosen.items() if value is not None}
+    if full and adapter:
+        raise typer.BadParameter(f"--{next(iter(adapter))} belongs to LoRA and cannot go with --full.")
+    if method != "dpo" and (beta is not None or loss_type is not None):
+        raise typer.BadParameter("--beta and --loss-type need --method dpo.")
     if patience is not None and validation_file is None and not validation_split:
         raise typer.BadParameter("--patience needs --validation-split or --validation-file.")
+    if sweep and validation_file is None and not validation_split:
+        raise typer.BadParameter("--sweep needs --validation-split or --validation-file.")
+    if not sweep and (trials is not None or asha or max_concurrent is not None):
+        raise typer.BadParameter("--trials, --asha and --max-concurrent belong to --sweep.")
+    try:
+        searched = sweeps.sweep_field(sweep, trials, asha, max_concurrent) if sweep else None
+    except sweeps.SweepOptionError as error:
+        raise typer.BadParameter(str(error)) from None
+    hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "beta": beta, "loss_type": loss_type}
     wishes = jobs.TrainWishes(
-        base_model, suffix, epochs, learning_rate, full, rank, workers, validation_split, patience
+        base_model,
+        method,
+        hyperparameters,
+        suffix=suffix,
+        full=full,
+        adapter=adapter,
+        workers=workers,
+        validation_split=validation_split,
+        patience=patience,
+        sample_prompts=sample,
+        sweep=searched,
     )
     with connected(url, key) as client:
         if dry_run:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.cli.client import console, errors, fail, get, post
 from service.cli.registry import show, table, when
+from service.cli.sweeps import OVER, show_trials
 
 VALIDATION_POLL_S = 0.3
 NUM_FAULTS_SHOWN = 10
@@ -26,32 +28,39 @@ class TrainWishes:
     """The options of `tunesmith train`; None leaves a value to the service."""
 
     base_model: str
+    method: str
+    hyperparameters: dict[str, Any]
     suffix: str | None = None
-    epochs: int | None = None
-    learning_rate: float | None = None
     full: bool = False
-    rank: int | None = None
+    adapter: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     validation_split: float | None = None
     patience: int | None = None
+    sample_prompts: list[str] | None = None
+    sweep: dict[str, Any] | None = None
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
-        chosen = {"n_epochs": self.epochs, "learning_rate": self.learning_rate}
-        hyperparameters = {name: value for name, value in chosen.items() if value is not None}
+        hyperparameters = {name: value for name, value in self.hyperparameters.items() if value is not None}
         body: dict[str, Any] = {
             "model": self.base_model,
             "training_file": training_file,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "method": {"type": self.method, self.method: {"hyperparameters": hyperparameters}},
             "num_workers": self.workers,
         }
         if self.full:
             body["adapter"] = {"type": "none"}
-        elif self.rank is not None:
-            body["adapter"] = {"type": "lora", "rank": self.rank}
+        elif self.adapter:
+            body["adapter"] = {"type": "lora", **self.adapter}
         if self.patience is not None:
             body["early_stopping"] = {"patience": self.patience}
-        extra = {"suffix": self.suffix, "validation_file": validation_file, "validation_split": self.validation_split}
+        extra = {
+            "suffix": self.suffix,
+            "validation_file": validation_file,
+            "validation_split": self.validation_split,
+            "sample_prompts": self.sample_prompts,
+            "sweep": self.sweep,
+        }
         return body | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -100,6 +109,7 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
     try:
         with bar:
             task = bar.add_task("waiting", total=None, loss="")
+            trials_over: set[int] = set()
             for event in follow(client, job_id):
                 data = event.get("data") or {}
                 if event["type"] == "metrics" and "train_loss" in data:
@@ -107,8 +117,14 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
                     bar.update(
                         task, description="training", completed=data["step"], total=data["total_steps"], loss=loss
                     )
+                elif "prompt" in data:
+                    bar.console.print(f"step {data['step']} [dim]{escape(data['prompt'])}[/]", soft_wrap=True)
+                    bar.console.print(escape(textwrap.indent(data["text"], "  ")), soft_wrap=True)
                 elif event["type"] == "message":
                     bar.console.print(escape(event["message"]), soft_wrap=True)
+                if data.get("status") in OVER:  # of a sweep's trial
+                    trials_over.add(data["trial"])
+                    bar.update(task, description="trials", completed=len(trials_over), total=data["num_trials"])
             job = client.fine_tuning.jobs.retrieve(job_id)
             if job.status == "succeeded":
                 bar.update(task, total=bar.tasks[0].completed)  # it may have stopped before its last planned step
@@ -116,10 +132,14 @@ def watch(client: openai.OpenAI, job_id: str) -> int:
         console.print(f"Stopped watching; the job goes on. Stop it with: tunesmith jobs {job_id} --cancel")
         return 0
     if job.status == "succeeded":
-        console.print(f"[green]Succeeded.[/] Talk to it: tunesmith chat {escape(job.fine_tuned_model or '')}")
+        model = escape(job.fine_tuned_model or "")
+        talks = job.method is None or str(job.method.type) not in ("classification", "embedding")
+        console.print(f"[green]Succeeded.[/] {'Talk to it: tunesmith chat' if talks else 'Its model:'} {model}")
         return 0
     reason = f": {escape(job.error.message)}" if job.error and job.error.message else ""
     errors.print(f"The job is {job.status}{reason}", soft_wrap=True)
+    for request in _suggestions(job):
+        errors.print(f"POST /v1/fine_tuning/jobs {escape(request)}", soft_wrap=True)
     return 1
 
 
@@ -138,7 +158,7 @@ def follow(client: openai.OpenAI, job_id: str) -> Iterator[dict[str, Any]]:
 
 def show_all(client: openai.OpenAI) -> None:
     """The newest jobs."""
-    shown = table("id", "status", "base", "model", "made")
+    shown = table("id", "status", "start", "model", "made")
     for job in client.fine_tuning.jobs.list(limit=20).data:
         shown.add_row(job.id, job.status, escape(job.model), escape(job.fine_tuned_model or "–"), when(job.created_at))
     show(shown, "No jobs yet: `tunesmith train data.jsonl --base-model NAME` makes one.")
@@ -149,6 +169,9 @@ def show_one(client: openai.OpenAI, job_id: str) -> int:
     job = client.fine_tuning.jobs.retrieve(job_id)
     for name, value in _facts(job):
         console.print(f"{name:>16}  {escape(str(value))}", soft_wrap=True)
+    sweep = (job.model_extra or {}).get("sweep")
+    if sweep is not None:
+        show_trials(sweep)
     for event in reversed(client.fine_tuning.jobs.list_events(job_id, limit=10).data):
         console.print(f"{when(event.created_at)}  {escape(event.message)}", soft_wrap=True)
     return 0
@@ -157,7 +180,7 @@ def show_one(client: openai.OpenAI, job_id: str) -> int:
 def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
     yield "id", job.id
     yield "status", job.status
-    yield "base", job.model
+    yield "start", job.model
     yield "model", job.fine_tuned_model or "–"
     if job.hyperparameters is not None:
         yield "epochs", job.hyperparameters.n_epochs
@@ -165,6 +188,14 @@ def _facts(job: FineTuningJob) -> Iterator[tuple[str, object]]:
     yield "trained tokens", job.trained_tokens or "–"
     if job.error and job.error.message:
         yield "error", job.error.message
+    for request in _suggestions(job):
+        yield "suggestion", request
+
+
+def _suggestions(job: FineTuningJob) -> list[str]:
+    """The corrected request, as JSON, if the service has one."""
+    extra = (job.error.model_extra if job.error else None) or {}
+    return [json.dumps(extra["suggested_request"])] if extra.get("suggested_request") else []
 
 
 def steer(client: openai.OpenAI, job_id: str, verb: str) -> None:

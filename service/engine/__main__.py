@@ -1,21 +1,26 @@
-"""`python -m service.engine MODEL_FOLDER`: stream text from a model to the terminal, without Ray or HTTP."""
+"""`python -m service.engine MODEL_FOLDER`: one answer of a model at the terminal, without Ray or HTTP.
+
+A language model continues the prompt, a classifier tells its labels' probabilities, an encoder an embedding.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import math
 import time
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from service.engine.encoder import EncoderEngine, EncoderTask
 from service.engine.native.engine import NativeEngine
 from service.engine.protocol import AdapterRef, GenerateRequest, SamplingParams
 
 
 def main() -> None:
-    """Read the command line and generate once."""
+    """Read the command line and answer once."""
     parser = argparse.ArgumentParser(prog="python -m service.engine", description=__doc__)
     parser.add_argument("folder", type=Path, help="model folder: config.json, model.safetensors, tokenizer.json")
     parser.add_argument("--prompt", default="Once upon a time")
@@ -25,7 +30,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--adapter", type=Path, help="LoRA folder: adapter_config.json, adapter_model.safetensors")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-    asyncio.run(_generate(parser.parse_args()))
+    args = parser.parse_args()
+    own = args.adapter if args.adapter and (args.adapter / "config.json").is_file() else args.folder
+    architecture = json.loads((own / "config.json").read_text())["architectures"][0]
+    asyncio.run(_generate(args) if architecture.endswith("ForCausalLM") else _encode(args, architecture))
+
+
+async def _encode(args: argparse.Namespace, architecture: str) -> None:
+    """Load, and print the row of the prompt."""
+    task: EncoderTask = "classify" if architecture.endswith("ForSequenceClassification") else "embed"
+    engine = EncoderEngine(args.folder, task=task, dtype=args.dtype, adapter=args.adapter)
+    await engine.start()
+    try:
+        ids = tuple(Tokenizer.from_file(str(args.folder / "tokenizer.json")).encode(args.prompt).ids)
+        (row,) = (await engine.encode([ids])).tolist()
+    finally:
+        await engine.stop()
+    if task == "embed":
+        print(json.dumps(row))
+    for label, log_probability in sorted(zip(engine.labels, row, strict=False), key=lambda pair: -pair[1]):
+        print(f"{math.exp(log_probability):.4f} {label}")
 
 
 async def _generate(args: argparse.Namespace) -> None:

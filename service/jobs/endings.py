@@ -5,12 +5,16 @@ All functions belong in the caller's write transaction, after it proved by an ep
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy.orm import Session
 
-from service.jobs.states import Desired, JobState
+from service.jobs.correction import for_less_memory
+from service.jobs.states import Desired, JobKind, JobState
 from service.store import checkpoints, events, jobs, runs
 from service.store.tables import Job, Run
 
+OUT_OF_MEMORY = "out_of_memory"  # the code of training's failure
 LIVE = {JobState.RUNNING, JobState.PAUSING}
 
 
@@ -25,7 +29,7 @@ def stopped(tx: Session, run: Run, *, step: int | None, forced: bool = False) ->
     if not runs.end(tx, run.id, outcome):
         return False
     job = _leave(tx, job, state)
-    where = f" at step {step if step is not None else last_step(tx, job.id)}"
+    where = "" if job.kind == JobKind.SWEEP else f" at step {step if step is not None else last_step(tx, job.id)}"
     text = {
         JobState.CANCELLED: "The job was cancelled",
         JobState.PAUSED: f"The job was paused{where}",
@@ -57,22 +61,31 @@ def lost(tx: Session, run: Run, *, reason: str, max_attempts: int) -> bool:
         events.add(tx, _leave(tx, job, JobState.CANCELLED), "The job was cancelled")
     elif job.desired == Desired.PAUSE:
         job = _leave(tx, job, JobState.PAUSED)
-        events.add(tx, job, f"{reason}; the job was paused at step {last_step(tx, job.id)}", level="warn")
+        events.add(tx, job, f"{reason}; the job was paused and will continue {where_from(tx, job)}", level="warn")
     elif _num_fruitless(tx, run) >= max_attempts:
         fail_job(tx, job, code="crashed", message=f"The run crashed {max_attempts} times. Last reason: {reason}")
     else:
         job = _leave(tx, job, JobState.QUEUED)
-        events.add(tx, job, f"{reason}; continuing from step {last_step(tx, job.id)}", level="warn")
+        events.add(tx, job, f"{reason}; continuing {where_from(tx, job)}", level="warn")
     return True
 
 
 def fail_job(tx: Session, job: Job, *, code: str, message: str, param: str | None = None) -> Job:
     """End a job as failed, with or without a run; StateConflict if it is no longer in the state of `job`."""
-    error = {"code": code, "message": message, "param": param}
+    error: dict[str, Any] = {"code": code, "message": message, "param": param}
+    correction = for_less_memory(job) if code == OUT_OF_MEMORY else None
+    if correction is not None:
+        message += f" The job's own request with {correction.change} is in error.suggested_request, ready to be posted."
+        error |= {"message": message, "suggested_request": correction.request}
     expect = {JobState(job.state)}
     job = jobs.move(tx, job.id, JobState.FAILED, expect=expect, error=error, estimated_finish_at=None)
     events.add(tx, job, message, level="error")
     return job
+
+
+def where_from(tx: Session, job: Job) -> str:
+    """What the next run begins with, for event lists."""
+    return "with the trials left" if job.kind == JobKind.SWEEP else f"from step {last_step(tx, job.id)}"
 
 
 def last_step(tx: Session, job_id: str) -> int:
@@ -86,7 +99,12 @@ def _leave(tx: Session, job: Job, state: JobState) -> Job:
 
 
 def _num_fruitless(tx: Session, run: Run) -> int:
-    """Crashes since the furthest checkpoint was written: a long job may lose many workers as long as it gets on."""
+    """Crashes since the furthest checkpoint was written: a long job may lose many workers as long as it gets on.
+
+    A sweep gets on with each trial that is over."""
+    trials = jobs.trials(tx, [run.job_id])
+    if trials:
+        return runs.num_lost(tx, run.job_id, since=max(trial.finished_at or 0.0 for trial in trials))
     checkpoint = checkpoints.latest(tx, run.job_id)
     attempts = run.attempt - (0 if checkpoint is None else checkpoint.attempt)
     return min(attempts, runs.num_lost(tx, run.job_id))

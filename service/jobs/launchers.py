@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from service.jobs.recorder import RunRecorder
 from service.jobs.run_driver import Fit, RunDriver
+from service.jobs.states import JobKind
 from service.settings import Settings
 from service.store.database import Database
 from service.store.tables import Job, Run
@@ -53,6 +54,11 @@ class Launcher(Protocol):
         ...
 
 
+def num_workers_of(job: Job) -> int:
+    """Train workers that the job's own run needs; a sweep's none, for its trials are jobs and bring theirs."""
+    return 0 if job.kind == JobKind.SWEEP else int(job.spec["num_workers"])
+
+
 @dataclass(frozen=True)
 class _Claim:
     num_workers: int
@@ -70,8 +76,7 @@ class RayLauncher:
         """Create the driver; its constructor runs elsewhere and later."""
         from service.jobs import run_actor
 
-        num_workers = int(job.spec["num_workers"])
-        self._claims[run.id] = _Claim(num_workers, time.monotonic() + PLACING_S)
+        self._claims[run.id] = _Claim(num_workers_of(job), time.monotonic() + PLACING_S)
         run_actor.create(self._settings, self._instance_id, run.id)
 
     def is_alive(self, run_id: str) -> bool:
@@ -100,7 +105,7 @@ class RayLauncher:
         moment = time.monotonic()
         self._claims = {id_: claim for id_, claim in self._claims.items() if claim.until > moment and self._find(id_)}
         claimed = sum(claim.num_workers for claim in self._claims.values())
-        return self._is_within(ray.available_resources(), num_workers + claimed)
+        return num_workers == 0 or self._is_within(ray.available_resources(), num_workers + claimed)
 
     def ever_fits(self, num_workers: int) -> bool:
         """Against what the cluster has in total now."""
@@ -167,9 +172,9 @@ class InProcessLauncher:
 
     def start(self, run: Run, job: Job) -> None:
         """Start the driver's thread."""
-        driver = RunDriver(self._db, self._storage, run, self._fit, self._settings.max_attempts)
+        driver = RunDriver(self._db, self._storage, run, self._fit, self._settings)
         thread = threading.Thread(target=driver.work, name=f"run-{run.id}", daemon=True)
-        self._locals[run.id] = _Local(driver, thread, int(job.spec["num_workers"]))
+        self._locals[run.id] = _Local(driver, thread, num_workers_of(job))
         thread.start()
 
     def is_alive(self, run_id: str) -> bool:

@@ -20,7 +20,7 @@ from service.jobs import endings
 from service.jobs.launchers import Launcher
 from service.jobs.preparation import Problem, find_problem, is_ready_to_plan
 from service.jobs.queue import Queue
-from service.jobs.states import Desired, JobState
+from service.jobs.states import Desired, JobKind, JobState
 from service.jobs.task_runners import TaskRunner
 from service.jobs.tasks import LEASE_S, MAX_ATTEMPTS, retry_or_give_up
 from service.settings import Settings
@@ -204,9 +204,8 @@ class Orchestrator:
             started_at = now() if job.started_at is None else job.started_at
             job = jobs.move(tx, job.id, JobState.RUNNING, expect={JobState.QUEUED}, started_at=started_at)
             run = runs.start(tx, job.id, self._epoch)
-            step = endings.last_step(tx, job.id)
-            text = f"The job continues from step {step}" if run.attempt > 1 else "Fine-tuning job started"
-            events.add(tx, job, text)
+            begins = "Sweep started" if job.kind == JobKind.SWEEP else "Fine-tuning job started"
+            events.add(tx, job, f"The job continues {endings.where_from(tx, job)}" if run.attempt > 1 else begins)
         return run
 
     def _fail(self, job: Job, problem: Problem) -> None:

@@ -28,8 +28,9 @@ MARGIN_S = 10.0  # of the time that a request waits: a plan without a duration i
 Json = dict[str, Any]
 
 
-def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec) -> Json:
-    """`{"plan": …}`, or `{"error": …}` with the code, message and param that the job would end with."""
+def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec, project_id: str) -> Json:
+    """`{"plan": …}`, or `{"error": …}` with the code, message and param that the job would end with. Of jobs of other
+    projects than the caller's nothing but their speed is used."""
     from training import estimate
     from training.model_shape import ModelShape
     from training.plan import PlanError, plan
@@ -41,7 +42,7 @@ def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec)
         return {"error": {"code": error.code, "message": error.message, "param": error.param}}
     render_s = time.perf_counter() - started
     patience_s = max(1.0, settings.validate_timeout_s - MARGIN_S - render_s)
-    rate, basis = _tokens_per_s(settings, db, storage, made, patience_s)
+    rate, basis = _tokens_per_s(settings, db, storage, made, project_id, patience_s)
     shape = ModelShape(storage.local_folder(spec.base.key))
     free_bytes = shutil.disk_usage(storage.path(spec.base.key)).free if storage.is_local else None
     num_kept, num_bytes = estimate.num_kept_checkpoints(made), estimate.disk_bytes(made)
@@ -86,7 +87,7 @@ def _gb(num_bytes: int) -> str:
 
 
 def _tokens_per_s(
-    settings: Settings, db: Database, storage: Storage, made: Plan, patience_s: float
+    settings: Settings, db: Database, storage: Storage, made: Plan, project_id: str, patience_s: float
 ) -> tuple[float | None, str]:
     """What one worker trains, and how that is known: from an earlier job, or tried out now; None when it is not."""
     from training.probe import ProbeError, tokens_per_s
@@ -94,7 +95,8 @@ def _tokens_per_s(
     earlier = _of_earlier_job(settings, db, made.spec)
     if earlier is not None:
         job, speed = earlier
-        return speed, f"the speed of job {job.id}, on the same base in the same way"
+        name = f"job {job.id}" if job.project_id == project_id else "an earlier job"  # of other projects only the speed
+        return speed, f"the speed of {name}, on the same base in the same way"
     if settings.train_num_gpus:
         return None, "unknown: no job of this kind has run here yet, and planning takes no GPU to try it"
     num_threads = settings.train_num_threads or max(1, len(os.sched_getaffinity(0)) // made.spec.num_workers)
@@ -125,7 +127,7 @@ def _of_earlier_job(settings: Settings, db: Database, spec: TrainSpec) -> tuple[
 
 def _kind(spec: TrainSpec) -> tuple[object, ...]:
     """What the speed of a run depends on beside its base, method and device."""
-    return spec.base.content_hash, spec.adapter is None, spec.precision, spec.num_workers
+    return spec.base.content_hash, spec.adapter is None, spec.precision, spec.num_workers, spec.parallel
 
 
 # -- serving -----------------------------------------------------------------------------------------------------------
@@ -135,17 +137,20 @@ def _serving(settings: Settings, db: Database, spec: TrainSpec, config: Json) ->
     """Whether the model would answer here, and which deployment it would join."""
     with db.read() as tx:
         base = bases.find(tx, spec.base.id)
-    reason = _why_not(settings, config, [] if base is None else base.capabilities)
+    is_encoder = spec.method in ("classification", "embedding")
+    reason = _why_not(settings, [] if base is None else base.capabilities) or (None if is_encoder else why_not(config))
     if reason is not None:
         return {"can_be_served": False, "deployment": None, "reason": reason}
+    if is_encoder:
+        return {"can_be_served": True, "deployment": "its own", "reason": "it gets a deployment of its own"}
     if spec.adapter is None:
         return {"can_be_served": True, "deployment": "its own", "reason": "full weights get a deployment of their own"}
     return {"can_be_served": True, "deployment": spec.base.id, "reason": "the adapter joins the replicas of its base"}
 
 
-def _why_not(settings: Settings, config: Json, capabilities: list[str]) -> str | None:
+def _why_not(settings: Settings, capabilities: list[str]) -> str | None:
     if settings.engine == "echo":
         return "this service answers with the echo engine, which runs no model"
     if not capabilities:
         return "the base has no capability that is served"
-    return why_not(config)
+    return None

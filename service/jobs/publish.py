@@ -1,6 +1,6 @@
 """The one place where training meets serving: a finished artifact becomes a model row, and its job succeeds.
 
-Bytes first (verify every hash, write the result file), rows after: one transaction makes model, result file, events,
+Bytes first (verify every hash, write the result files), rows after: one transaction makes model, result files, events,
 the job's success and the run's end visible together. Doing it twice does nothing.
 """
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from service.jobs import endings, results
 from service.jobs.states import Desired, JobState
-from service.store import events, jobs, metrics, models, runs
+from service.store import events, jobs, metrics, models, runs, tasks
 from service.store.database import Database
 from service.store.tables import Job, Model, Run
 from training.artifact import BrokenFolder, Manifest, read_manifest, verify
@@ -64,35 +64,83 @@ def publish(db: Database, storage: Storage, run_id: str, epoch: int, key: str, m
     with db.read() as tx:
         job_id = runs.get(tx, run_id).job_id
         text = results.as_csv(tx, job_id)
-    result = results.write(storage, job_id, text)
+    made = results.write(storage, job_id, text, key, manifest)
     with db.write() as tx:
         run = runs.hold(tx, run_id, epoch)
         job = jobs.by_id(tx, run.job_id)
         if job.desired == Desired.CANCEL:  # asked for before the end: its owner wants no model
             endings.stopped(tx, run, step=manifest.step)
         else:
-            _succeed(tx, job, run, key, manifest, result)
+            _succeed(tx, job, run, key, manifest, made)
 
 
-def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, result: results.ResultFile) -> None:
+def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, made: list[results.ResultFile]) -> None:
     if not runs.end(tx, run.id, "succeeded"):
         return
     assert job.plan is not None, "a job without a plan was run"
-    model = add_model(tx, job, job.plan["model_id"], key, manifest)
-    file = results.add_row(tx, job, result)
+    is_trial = job.parent_job_id is not None  # its sweep publishes the best trial's model
+    model_id = None if is_trial else add_model(tx, job, job.plan["model_id"], key, manifest).id
+    result_files = [results.add_row(tx, job, result) for result in made]
     job = jobs.move(
         tx,
         job.id,
         JobState.SUCCEEDED,
         expect=endings.LIVE,
-        fine_tuned_model=model.id,
+        fine_tuned_model=model_id,
         trained_tokens=metrics.trained_tokens(tx, job.id),
-        result_file_ids=[file.id],
+        result_file_ids=[file.id for file in result_files],
         estimated_finish_at=None,
         stop_requested_at=None,
     )
-    events.add(tx, job, f"New fine-tuned model created: {model.id}", dedup_key=f"{job.id}:model")
+    _tell_success(tx, job)
+
+
+def _tell_success(tx: Session, job: Job) -> None:
+    if job.fine_tuned_model is not None:
+        events.add(tx, job, f"New fine-tuned model created: {job.fine_tuned_model}", dedup_key=f"{job.id}:model")
     events.add(tx, job, "The job has successfully completed", dedup_key=f"{job.id}:succeeded")
+
+
+def publish_best(db: Database, storage: Storage, run_id: str, epoch: int, best: Job) -> None:
+    """Make the best trial's artifact the model of its sweep, whose run this is, and drop the other trials'.
+
+    BrokenFolder if its bytes are wrong, RunLost if the run no longer counts."""
+    key = artifact_key(best.id)
+    manifest = read_manifest(storage, key)
+    if manifest is None:
+        raise BrokenFolder(f"{key}: no manifest")
+    verify(storage, key, manifest.hash())
+    with db.write() as tx:
+        run = runs.hold(tx, run_id, epoch)
+        sweep = jobs.by_id(tx, run.job_id)
+        if sweep.desired == Desired.CANCEL:
+            endings.stopped(tx, run, step=None)
+        elif runs.end(tx, run.id, "succeeded"):
+            _succeed_with(tx, sweep, best, add_model(tx, sweep, _model_id(sweep), key, manifest))
+
+
+def _succeed_with(tx: Session, sweep: Job, best: Job, model: Model) -> None:
+    trials = jobs.trials(tx, [sweep.id])
+    sweep = jobs.move(
+        tx,
+        sweep.id,
+        JobState.SUCCEEDED,
+        expect=endings.LIVE,
+        fine_tuned_model=model.id,
+        spec=best.spec,
+        trained_tokens=sum(metrics.trained_tokens(tx, trial.id) for trial in trials),
+        result_file_ids=best.result_file_ids,
+        stop_requested_at=None,
+    )
+    for trial in trials:
+        if trial.id != best.id and trial.state == JobState.SUCCEEDED:
+            tasks.add(tx, "delete_folder", {"key": artifact_key(trial.id)})
+    _tell_success(tx, sweep)
+
+
+def _model_id(job: Job) -> str:
+    assert job.plan is not None, "a job without a plan was run"
+    return str(job.plan["model_id"])
 
 
 def add_model(tx: Session, job: Job, model_id: str, key: str, manifest: Manifest, *, checkpoint: bool = False) -> Model:

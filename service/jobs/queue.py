@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from service.jobs.launchers import Launcher
+from service.jobs.launchers import Launcher, num_workers_of
 from service.store.tables import Job
 
 PATIENCE_S = 60.0  # how long smaller jobs may pass a bigger one; after that, room is kept free for it
@@ -26,7 +26,7 @@ class Queue:
         self._passed_since = {id_: since for id_, since in self._passed_since.items() if id_ in waiting}
         self._known_never_fitting &= waiting
         for job in queued:
-            num_workers = int(job.spec["num_workers"])
+            num_workers = num_workers_of(job)
             if self._launcher.fits(num_workers):
                 self._passed_since.pop(job.id, None)
                 yield job

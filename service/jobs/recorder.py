@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.orm import Session
 
 from service.jobs import endings
-from service.jobs.publish import add_model, publish
+from service.jobs.publish import add_model, publish, publish_best
 from service.jobs.states import Desired
 from service.metrics import Metrics
 from service.store import checkpoints, events, jobs, metrics, models, runs
@@ -30,6 +30,7 @@ from training.progress import (
     Failed,
     Message,
     ProgressItem,
+    Sample,
     StepMetrics,
     Stopped,
     Wish,
@@ -113,6 +114,15 @@ class RunRecorder:
         publish(self._db, self._storage, self.run_id, self._epoch, key, manifest_hash)
         self.over.set()
 
+    def publish_best(self, trial: Job) -> None:
+        """Publish the trial's model as that of its sweep, whose run this is."""
+        publish_best(self._db, self._storage, self.run_id, self._epoch, trial)
+        self.over.set()
+
+    def hold(self, tx: Session) -> Job:
+        """The run's job, after a proof that the run still counts; RunLost otherwise."""
+        return jobs.by_id(tx, runs.hold(tx, self.run_id, self._epoch).job_id)
+
     def crashed(self, reason: str, max_attempts: int) -> None:
         """The attempt broke down without an ending of its own."""
         with self._lock, self._db.write() as tx:
@@ -181,6 +191,8 @@ class RunRecorder:
             match item:
                 case Message():
                     events.add(tx, job, item.text, level=item.level, dedup_key=dedup_key, at=item.at)
+                case Sample():
+                    _add_sample(tx, job, item, dedup_key)
                 case StepMetrics():
                     self._add_step(tx, job, run, item, dedup_key)
                 case EvalMetrics():
@@ -199,10 +211,12 @@ class RunRecorder:
         return False
 
     def _add_step(self, tx: Session, job: Job, run: Run, item: StepMetrics, dedup_key: str) -> None:
-        data = item.model_dump(include=METRIC_FIELDS)
-        metrics.add(tx, job.id, run.attempt, "step", item.step, data, item.at)
+        data, means = item.model_dump(include=METRIC_FIELDS), _named(item.means, "train")
+        metrics.add(tx, job.id, run.attempt, "step", item.step, {**data, "means": means}, item.at)
         text = f"Step {item.step}/{item.total_steps}: training loss={item.train_loss:.4f}"
-        events.add(tx, job, text, type="metrics", data={"step": item.step, **data}, dedup_key=dedup_key, at=item.at)
+        events.add(
+            tx, job, text, type="metrics", data={"step": item.step, **data, **means}, dedup_key=dedup_key, at=item.at
+        )
         if run.first_step_at is None:
             runs.set_first_step(tx, run.id, item.at, item.step)
         if self._progress.first is None:
@@ -217,8 +231,9 @@ class RunRecorder:
         return last.at + step_s * (last.total_steps - last.step)
 
     def _add_eval(self, tx: Session, job: Job, run: Run, item: EvalMetrics, dedup_key: str) -> None:
-        metrics.add(tx, job.id, run.attempt, "eval", item.step, item.model_dump(include=EVAL_FIELDS), item.at)
-        data: dict[str, object] = {"step": item.step, **item.model_dump(include=EVAL_FIELDS)}
+        numbers, means = item.model_dump(include=EVAL_FIELDS), _named(item.means, "valid")
+        metrics.add(tx, job.id, run.attempt, "eval", item.step, {**numbers, "means": means}, item.at)
+        data: dict[str, object] = {"step": item.step, **numbers, **means}
         data |= {f"full_{name}": data[name] for name in EVAL_FIELDS}  # we always evaluate on the whole set
         last, of_total = self._progress.last, ""
         if last is not None and last.step == item.step:
@@ -251,6 +266,18 @@ class RunRecorder:
         )
         add_model(tx, job, model_id, item.key, manifest, checkpoint=True)
         events.add(tx, job, f"Checkpoint created at step {item.step}", dedup_key=dedup_key, at=item.at)
+
+
+def _named(means: dict[str, float], of: str) -> dict[str, float]:
+    return {f"{of}_{name}": value for name, value in means.items()}
+
+
+def _add_sample(tx: Session, job: Job, item: Sample, dedup_key: str) -> None:
+    """PostgreSQL stores no NUL, and an untrained model may well say one."""
+    text = item.text.replace("\0", "\ufffd")
+    shown = f"Sample at step {item.step}: {item.prompt} → {text}"
+    data = {"step": item.step, "prompt": item.prompt, "text": text}
+    events.add(tx, job, shown, data=data, dedup_key=dedup_key, at=item.at)
 
 
 def _drop_checkpoints(tx: Session, job: Job, key: str) -> None:

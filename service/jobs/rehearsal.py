@@ -5,13 +5,23 @@ For trying out clients, dashboards and the orchestrator itself; the folders it w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from service.jobs.recorder import RunRecorder
 from training.artifact import Fingerprint, Manifest, canonical_json, commit, hash_files, read_manifest
-from training.progress import ArtifactWritten, CheckpointSaved, EvalMetrics, ProgressItem, StepMetrics, Stopped, Wish
-from training.spec import TrainSpec
+from training.progress import (
+    ArtifactWritten,
+    CheckpointSaved,
+    EvalMetrics,
+    ProgressItem,
+    Sample,
+    StepMetrics,
+    Stopped,
+    Wish,
+)
+from training.spec import AUTO, TrainSpec
 from training.storage import Storage
 
 TOKENS_PER_STEP = 100
@@ -44,7 +54,7 @@ class _Rehearsed:
     def go(self, num_steps: int, interval: int, at_step: Callable[[int], None]) -> None:
         for step in range(self.last_step() + 1, num_steps + 1):
             at_step(step)
-            wish = self.say(self.step_metrics(step, num_steps), self.eval_metrics(step))
+            wish = self.say(self.step_metrics(step, num_steps), self.eval_metrics(step), *self.samples(step))
             if wish is Wish.CANCEL:
                 self.say(Stopped(**self.stamp(), wish=wish, step=step))
                 return
@@ -86,7 +96,12 @@ class _Rehearsed:
 
     def eval_metrics(self, step: int) -> EvalMetrics:
         accuracy = 1 - 1 / (step + 1)
-        return EvalMetrics(**self.stamp(), step=step, valid_loss=2 * loss(step), valid_mean_token_accuracy=accuracy)
+        valid_loss = 2 * loss(step) * badness(self.spec)
+        return EvalMetrics(**self.stamp(), step=step, valid_loss=valid_loss, valid_mean_token_accuracy=accuracy)
+
+    def samples(self, step: int) -> list[Sample]:
+        prompts = self.spec.sample_prompts
+        return [Sample(**self.stamp(), step=step, prompt=prompt, text=f"Answer {step}") for prompt in prompts]
 
     def checkpoint(self, step: int) -> CheckpointSaved:
         key = f"{self.run_key}/checkpoints/step-{step:06d}"
@@ -116,6 +131,12 @@ class _Rehearsed:
             }
         )
         return commit(self.storage, key, manifest)
+
+
+def badness(spec: TrainSpec) -> float:
+    """1 at a learning rate of 0.001, and more with the distance from it: so that a sweep has something to find."""
+    rate = spec.hyperparameters.learning_rate
+    return 1.0 if rate == AUTO else 1.0 + abs(math.log10(rate / 1e-3))
 
 
 def loss(step: int) -> float:

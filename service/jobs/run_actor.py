@@ -37,7 +37,7 @@ class RunDriverActor:
         with self._db.read() as tx:
             run = runs.get(tx, run_id)
         self._metrics = Metrics(_hub_client(instance_id))
-        self._driver = RunDriver(self._db, storage, run, self._fit, settings.max_attempts, self._metrics)
+        self._driver = RunDriver(self._db, storage, run, self._fit, settings, self._metrics)
         self._this = ray.get_runtime_context().current_actor
         threading.Thread(target=self._work, name="driver", daemon=True).start()
         threading.Thread(target=self._exit_when_lost, name="lost", daemon=True).start()

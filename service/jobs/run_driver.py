@@ -14,12 +14,17 @@ from typing import Protocol
 
 from service.jobs.publish import find_leftover, run_key
 from service.jobs.recorder import RunRecorder
+from service.jobs.states import JobKind
+from service.jobs.sweep_driver import SweepDriver
 from service.logs import job_id
 from service.metrics import Metrics
+from service.settings import Settings
 from service.store import checkpoints, jobs
 from service.store.database import Database
 from service.store.runs import RunLost
 from service.store.tables import Checkpoint, Run
+from service.trackers.chosen import trackers_of
+from service.trackers.feed import Feed, end_all
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -45,34 +50,45 @@ class RunDriver:
         storage: Storage,
         run: Run,
         fit: Fit,
-        max_attempts: int,
+        settings: Settings,
         numbers: Metrics | None = None,
     ) -> None:
         self.recorder = RunRecorder(db, storage, run.id, run.epoch, numbers)
-        self._db, self._storage, self._run, self._fit, self._max_attempts = db, storage, run, fit, max_attempts
+        self._db, self._storage, self._run, self._fit, self._settings = db, storage, run, fit, settings
+        self._feeds: list[Feed] = []
 
     def work(self) -> None:
         """Do the attempt. Never raises: whatever happened is stored with the run, or the run was ended by others."""
         job_id.set(self._run.job_id)
         with self._heartbeats():
-            try:
-                self._attempt()
-                reason = "The training ended without a result"
-            except RunLost:
-                log.warning("run %s was ended by the orchestrator", self._run.id)
-                return
-            except Exception as error:  # process edge: the checkpoint is kept and the job continues from it
-                reason = f"The worker crashed ({last_line(error)})"
-                if not self.recorder.over.is_set():
-                    log.exception("run %s crashed", self._run.id)
-            self._settle(reason)
+            self._work()
+        end_all(self._feeds, abandon=self.recorder.lost.is_set())
+
+    def _work(self) -> None:
+        try:
+            self._attempt()
+            reason = "The training ended without a result"
+        except RunLost:
+            log.warning("run %s was ended by the orchestrator", self._run.id)
+            return
+        except Exception as error:  # process edge: the checkpoint is kept and the job continues from it
+            reason = f"The worker crashed ({last_line(error)})"
+            if not self.recorder.over.is_set():
+                log.exception("run %s crashed", self._run.id)
+        self._settle(reason)
 
     def _attempt(self) -> None:
         self.recorder.forget_missing_checkpoints()
         with self._db.read() as tx:
             job = jobs.by_id(tx, self._run.job_id)
             recorded = checkpoints.latest(tx, job.id)
-        leftover = find_leftover(self._storage, job.id, 0 if recorded is None else recorded.step)
+        if job.kind == JobKind.SWEEP:
+            SweepDriver(self._db, self.recorder, job).work()
+            return
+        resumed_step = 0 if recorded is None else recorded.step
+        trackers = trackers_of(job, self._settings)
+        self._feeds = [Feed(self._db, tracker, self._run, resumed_step) for tracker in trackers]
+        leftover = find_leftover(self._storage, job.id, resumed_step)
         if leftover is not None:
             self.recorder.publish(*leftover)
             return
@@ -94,7 +110,7 @@ class RunDriver:
         if self.recorder.over.is_set() or self.recorder.lost.is_set():
             return
         try:
-            self.recorder.crashed(reason, self._max_attempts)
+            self.recorder.crashed(reason, self._settings.max_attempts)
         except RunLost:
             log.warning("run %s was ended by the orchestrator", self._run.id)
 

@@ -1,8 +1,15 @@
-"""The states of a fine-tuning job and the moves between them. Pure: no SQL, no Ray, no clock."""
+"""The kinds and states of a job and the moves between them. Pure: no SQL, no Ray, no clock."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+
+class JobKind(StrEnum):
+    """What a job does: train one model, or search for the best of several."""
+
+    FINE_TUNING = "fine_tuning"
+    SWEEP = "sweep"
 
 
 class JobState(StrEnum):

@@ -19,12 +19,13 @@ from service.files.validation import run_validation
 from service.jobs.endings import fail_job
 from service.jobs.publish import new_model_id
 from service.jobs.run_driver import last_line
-from service.jobs.states import JobState
+from service.jobs.states import JobKind, JobState
+from service.jobs.sweeps import Sweep, field_to_change, spec_of_trial
 from service.settings import Settings
 from service.store import bases, events, files, jobs, tasks
 from service.store.database import Database
 from service.store.jobs import StateConflict
-from service.store.tables import Task
+from service.store.tables import BaseModel, Job, Task
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 LEASE_S = 15.0  # a lost worker's task runs again after this; a living worker prolongs it
 MAX_ATTEMPTS = 3
 RETRY_DELAY_S = 2.0
+SHARED_BY_TRIALS = ("model_id", "capabilities", "num_examples", "num_validation_examples")  # of a plan's numbers
 STALE_AFTER_S = 24 * 3600.0  # no upload takes longer
 
 
@@ -59,32 +61,55 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
         base = bases.find(tx, job.base_id)
     if job.state != JobState.VALIDATING_FILES:
         return  # planned before, or cancelled; a paused job is planned when it is resumed
+    spec = TrainSpec.model_validate(job.spec)
+    combinations = _combinations(job)
     try:
         on_gpu = bench.settings.train_num_gpus > 0
-        made = plan(TrainSpec.model_validate(job.spec), bench.storage, on_gpu=on_gpu)
+        made = plan(spec_of_trial(spec, combinations[0]) if combinations else spec, bench.storage, on_gpu=on_gpu)
     except PlanError as error:
         with _moving(bench.db) as tx:
-            fail_job(tx, job, code=error.code, message=error.message, param=error.param)
+            param = field_to_change(Sweep.model_validate(job.sweep), error.param) if combinations else error.param
+            fail_job(tx, job, code=error.code, message=error.message, param=param)
         return
     numbers = {
         **made.model_dump(mode="json", exclude={"spec"}),
         "model_id": new_model_id(job.base_id, bench.settings.organization, job.suffix),
         "num_gpus_per_worker": bench.settings.train_num_gpus,
-        "capabilities": [] if base is None else list(base.capabilities),
+        "capabilities": _capabilities(made.spec, base),
     }
+    resolved = made.spec.model_dump(mode="json")
+    if combinations:  # each trial is planned by itself
+        resolved, numbers = job.spec, {name: numbers[name] for name in SHARED_BY_TRIALS} | {"trials": combinations}
     with _moving(bench.db) as tx:
-        expect, resolved = {JobState.VALIDATING_FILES}, made.spec.model_dump(mode="json")
+        expect = {JobState.VALIDATING_FILES}
         moved = jobs.move(tx, job.id, JobState.QUEUED, expect=expect, spec=resolved, plan=numbers)
         for number, warning in enumerate(made.warnings):
             events.add(tx, moved, warning, level="warn", dedup_key=f"{job.id}:plan-{number}")
         events.add(tx, moved, "Files validated, moving job to queued state", dedup_key=f"{job.id}:queued")
 
 
+def _capabilities(spec: TrainSpec, base: BaseModel | None) -> list[str]:
+    """What the model will do: a classifier names labels, any other model does what its base does."""
+    if spec.method == "classification":
+        return ["classify"]
+    return [] if base is None else list(base.capabilities)
+
+
 def preview_job(bench: Workbench, payload: dict[str, Any]) -> dict[str, Any]:
     """Plan what nobody has asked to run yet, for a request that waits for the answer."""
     from service.jobs.preview import preview
 
-    return preview(bench.settings, bench.db, bench.storage, TrainSpec.model_validate(payload["spec"]))
+    spec = TrainSpec.model_validate(payload["spec"])
+    return preview(bench.settings, bench.db, bench.storage, spec, payload["project_id"])
+
+
+def _combinations(job: Job) -> list[dict[str, float | int]]:
+    """What a sweep tries; nothing for other jobs."""
+    if job.kind != JobKind.SWEEP:
+        return []
+    from service.jobs import ray_tune
+
+    return ray_tune.draw_combinations(Sweep.model_validate(job.sweep), int(job.spec["seed"]))
 
 
 def warm_up() -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound, Unavailable
-from service.serving.messages import Deployable, Folder, Target
+from service.serving.messages import Deployable, Folder, Target, Task
 from service.store import aliases, bases, models
 from service.store import catalog as versions
 from service.store.database import Database
@@ -20,7 +20,7 @@ from service.store.tables import BaseModel, Model
 MAX_CACHED_NAMES = 10_000
 RETRY_AFTER_S = 2.0
 
-__all__ = ["Catalog", "Target", "base_deployable", "full_deployable", "model_not_found"]
+__all__ = ["Catalog", "Target", "base_deployable", "model_not_found", "own_deployable"]
 
 
 def model_not_found(name: str) -> NotFound:
@@ -33,13 +33,33 @@ def base_deployable(base: BaseModel) -> Deployable:
     """What the app of a ready base hosts."""
     assert base.storage_key is not None
     assert base.manifest_hash is not None
-    return Deployable(kind="base", id=base.id, base_id=base.id, folder=Folder(base.storage_key, base.manifest_hash))
+    folder = Folder(base.storage_key, base.manifest_hash)
+    return Deployable(kind="base", id=base.id, base_id=base.id, folder=folder, task=task_of(base.capabilities))
 
 
-def full_deployable(model: Model) -> Deployable:
-    """What the app of a full fine-tuned model hosts."""
-    folder = Folder(model.storage_key, model.manifest_hash)
-    return Deployable(kind="full", id=model.id, base_id=model.base_id, folder=folder)
+def own_deployable(model: Model, base: BaseModel) -> Deployable | None:
+    """What the app of a fine-tuned model hosts; None for an adapter that lives in its base's app.
+
+    Adapters of classifiers and embedding models are merged into a copy of the base, in an app of their own."""
+    assert base.storage_key is not None
+    assert base.manifest_hash is not None
+    task = task_of(model.capabilities)
+    if model.kind != "full" and task == "generate":
+        return None
+    return Deployable(
+        kind="full",
+        id=model.id,
+        base_id=model.base_id,
+        folder=Folder(model.storage_key, model.manifest_hash),
+        task=task,
+        base_folder=None if model.kind == "full" else Folder(base.storage_key, base.manifest_hash),
+    )
+
+
+def task_of(capabilities: list[str]) -> Task:
+    """What an app does for models with these capabilities."""
+    tasks: tuple[Task, ...] = ("classify", "embed")
+    return next((task for task in tasks if task in capabilities), "generate")
 
 
 class Catalog:
@@ -114,13 +134,13 @@ def _model_target(tx: Session, model: Model, name: str) -> Target:
         raise Unavailable(f"The base `{model.base_id}` of the model `{name}` is no longer here.", param="model")
     _check_ready(base, name)
     assert base.max_context is not None
-    is_full = model.kind == "full"
+    own = own_deployable(model, base)
     return Target(
         model_id=model.id,
         base_id=model.base_id,
-        kind="full" if is_full else "adapter",
-        deployable=full_deployable(model) if is_full else base_deployable(base),
-        adapter=None if is_full else Folder(model.storage_key, model.manifest_hash),
+        kind="full" if model.kind == "full" else "adapter",
+        deployable=own or base_deployable(base),
+        adapter=Folder(model.storage_key, model.manifest_hash) if own is None else None,
         capabilities=tuple(model.capabilities),
         max_context=base.max_context,
     )

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from service.engine.protocol import Delta
 from service.errors import Unavailable
-from service.serving.messages import Accepted, Deployable, Received, Refused, Reply, ServeRequest, Target
+from service.serving.messages import (
+    Accepted,
+    Deployable,
+    Encoded,
+    EncodeRequest,
+    Received,
+    Refused,
+    Reply,
+    ServeRequest,
+    Target,
+)
 from service.serving.naming import ENGINE_DEPLOYMENT, app_name
 from service.settings import Settings
 from training.storage import Storage
@@ -24,7 +34,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
     from service.metrics import Metrics
-    from service.serving.replica import ReplicaCore
+    from service.serving.replica import AnyCore
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +42,15 @@ MAX_SUBMITS = 4  # the first, and three after replicas that died before they ans
 REPLICA_WAIT_S = 60.0  # until any replica has the request; a base of some GB loads within it
 RETRY_AFTER_S = 2.0
 
-Output = Accepted | list[Delta]
+Output = Accepted | list[Delta] | Encoded
+Request = ServeRequest | EncodeRequest
 
 
 class EngineClient(Protocol):
-    """Where requests go. The first item of a stream is `Accepted`; ServiceError may be raised at any point."""
+    """Where requests go. The first item of a stream is `Accepted`, or `Encoded` and the only one; ServiceError may be
+    raised at any point."""
 
-    def stream(self, target: Target, request: ServeRequest) -> AsyncGenerator[Output, None]:
+    def stream(self, target: Target, request: Request) -> AsyncGenerator[Output, None]:
         """Run one request. Close the generator when you stop reading: that frees its sequences."""
         ...
 
@@ -58,7 +70,7 @@ class RayEngines:
         self._instance_id = instance_id
         self._handles: dict[str, DeploymentHandle[Any]] = {}
 
-    async def stream(self, target: Target, request: ServeRequest) -> AsyncGenerator[Output, None]:
+    async def stream(self, target: Target, request: Request) -> AsyncGenerator[Output, None]:
         """Run one request; it is sent again, unseen by the client, as long as nothing of its output was read."""
         for num_left in reversed(range(MAX_SUBMITS)):
             has_started = False
@@ -74,7 +86,7 @@ class RayEngines:
                     message = "The replica that worked on this request was lost; send the request again."
                     raise Unavailable(message, code="replica_lost", retry_after_s=RETRY_AFTER_S) from None
 
-    async def _attempt(self, target: Target, request: ServeRequest) -> AsyncGenerator[Output, None]:
+    async def _attempt(self, target: Target, request: Request) -> AsyncGenerator[Output, None]:
         """One submission; _ReplicaLost if the replica ended before the request did."""
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import DeploymentUnavailableError
@@ -130,12 +142,12 @@ class InProcessEngines:
         self._settings = settings
         self._storage = storage
         self._metrics = metrics
-        self._cores: dict[str, asyncio.Task[ReplicaCore]] = {}
+        self._cores: dict[str, asyncio.Task[AnyCore]] = {}
 
-    async def stream(self, target: Target, request: ServeRequest) -> AsyncGenerator[Output, None]:
+    async def stream(self, target: Target, request: Request) -> AsyncGenerator[Output, None]:
         """Run one request on the engine of its target."""
         core = await self.core(target.deployable)
-        async with aclosing(core.generate(request)) as replies:
+        async with aclosing(core.generate(request)) as replies:  # type: ignore[arg-type]  # its own kind of core
             async for reply in replies:
                 yield _output(reply)
 
@@ -150,17 +162,17 @@ class InProcessEngines:
             if not isinstance(core, BaseException):
                 await core.stop()
 
-    async def core(self, deployable: Deployable) -> ReplicaCore:
+    async def core(self, deployable: Deployable) -> AnyCore:
         """The running replica of an app; a failed start is tried again by the next request."""
         start = self._cores.get(deployable.key)
         if start is None or (start.done() and (start.cancelled() or start.exception() is not None)):
             start = self._cores[deployable.key] = asyncio.create_task(self._start(deployable))
         return await asyncio.shield(start)
 
-    async def _start(self, deployable: Deployable) -> ReplicaCore:
-        from service.serving.replica import ReplicaCore
+    async def _start(self, deployable: Deployable) -> AnyCore:
+        from service.serving.replica import CORES
 
-        core = ReplicaCore(self._settings, self._storage, deployable, self._metrics)
+        core = CORES[deployable.task](self._settings, self._storage, deployable, self._metrics)
         await core.start()
         return core
 

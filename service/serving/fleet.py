@@ -1,9 +1,9 @@
 """Which engine apps should run, and how Serve is brought there without anybody waiting for it.
 
-One app per ready base (its adapters live inside) and one per full fine-tuned model. A full model starts with one
-replica and goes to zero after `FULL_IDLE_S` without requests; a full *checkpoint* starts at zero: its first request
-waits for a replica (2–15 s for small models), and it costs nothing until then. Apps that are not this Tunesmith's are
-never touched.
+One app per ready base (its adapters live inside) and one per full fine-tuned model; also one per fine-tuned classifier
+or embedding model, even if it is an adapter. A full model starts with one replica and goes to zero after `FULL_IDLE_S`
+without requests; a full *checkpoint* starts at zero: its first request waits for a replica (2–15 s for small models),
+and it costs nothing until then. Apps that are not this Tunesmith's are never touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
-from service.serving.catalog import base_deployable, full_deployable
+from service.serving.catalog import base_deployable, own_deployable
 from service.serving.messages import Deployable
 from service.serving.naming import ENGINE_DEPLOYMENT, ROOT_DEPLOYMENT, app_name, app_prefix, own_prefix
 from service.settings import Settings
@@ -51,10 +51,13 @@ def wanted(tx: Session, settings: Settings, instance_id: str) -> list[App]:
     """The apps that the registry asks for."""
     ready = bases.all_ready(tx)
     apps = [_base_app(settings, instance_id, base_deployable(base)) for base in ready]
-    hashes = {base.id: base.content_hash for base in ready}
+    by_id = {base.id: base for base in ready}
     for model in models.all_live(tx):
-        if model.kind == "full" and hashes.get(model.base_id) == model.base_content_hash:
-            apps.append(_full_app(settings, instance_id, full_deployable(model), model.is_checkpoint))
+        base = by_id.get(model.base_id)
+        if base is None or base.content_hash != model.base_content_hash:
+            continue
+        if (own := own_deployable(model, base)) is not None:
+            apps.append(_full_app(settings, instance_id, own, model.is_checkpoint))
     return apps
 
 

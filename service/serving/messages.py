@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from service.engine.protocol import Delta
 from service.errors import ServiceError
 from training.records import ChatMessage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Task = Literal["generate", "classify", "embed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +30,14 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Deployable:
-    """What one Serve app hosts: a base with all adapters on it, or one full fine-tuned model."""
+    """What one Serve app hosts: a base with all adapters on it, or one fine-tuned model by itself."""
 
     kind: Literal["base", "full"]
-    id: str  # of the base, or of the full model
+    id: str  # of the base, or of the fine-tuned model
     base_id: str
     folder: Folder
+    task: Task = "generate"
+    base_folder: Folder | None = None  # the weights, where `folder` is an adapter that is merged into them
 
     @property
     def key(self) -> str:
@@ -47,7 +54,7 @@ class Target:
     base_id: str
     kind: Literal["base", "adapter", "full"]
     deployable: Deployable
-    adapter: Folder | None  # set for kind "adapter"
+    adapter: Folder | None  # set for an adapter that lives in its base's app
     capabilities: tuple[str, ...]
     max_context: int
     alias: str | None = None
@@ -98,6 +105,16 @@ class ServeRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """Texts, or token ids taken as they are, to classify or to embed."""
+
+    request_id: str
+    target: Target
+    inputs: tuple[str | tuple[int, ...], ...]
+    is_list: bool  # whether errors name `input[i]`, or `input`
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A replica has the request. What follows may take as long as its queue is; until then a replica is awaited."""
 
@@ -117,4 +134,13 @@ class Refused:
     error: ServiceError
 
 
-Reply = Received | Accepted | list[Delta] | Refused
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """The answer to an EncodeRequest: a row for each input, of log-probabilities of the labels or an embedding."""
+
+    num_tokens: int  # read, over all inputs
+    labels: tuple[str, ...]  # empty for embeddings
+    rows: np.ndarray  # float32 [inputs, labels or width]
+
+
+Reply = Received | Accepted | list[Delta] | Encoded | Refused

@@ -7,47 +7,39 @@ the native engine is built: this module can be shipped from a process without it
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol, cast
 
-from service.engine.admission import EngineFailed, UnfitRequest
+from service.engine.admission import EngineFailed
 from service.engine.echo import EchoEngine
-from service.engine.protocol import (
-    AdapterMismatch,
-    Delta,
-    Engine,
-    EngineStats,
-    GenerateRequest,
-    QueueFull,
-    SamplingParams,
-)
-from service.errors import InvalidRequest, RateLimited, ServiceError, Unavailable
+from service.engine.protocol import Delta, Engine, EngineStats, GenerateRequest, SamplingParams
+from service.errors import InvalidRequest
 from service.metrics import Metrics
 from service.serving.adapters import AdapterShelf, Prepared, check_template
 from service.serving.coalesce import coalesce
+from service.serving.encoder_replica import EncoderCore
+from service.serving.faults import as_service_error
 from service.serving.messages import (
     Accepted,
     ChatPrompt,
     Deployable,
+    EncodeRequest,
     Received,
     Refused,
     Reply,
     ServeRequest,
     Target,
+    Task,
     TextPrompt,
 )
 from service.settings import Settings
 from training.artifact import BrokenFolder, read_manifest
-from training.render import Renderer, RenderError
+from training.render import Renderer
 from training.storage import Storage
 
-log = logging.getLogger(__name__)
-
-QUEUE_RETRY_AFTER_S = 1.0
 STATS_INTERVAL_S = 1.0
 
 Replies = AsyncGenerator[Accepted | list[Delta] | Refused, None]
@@ -121,7 +113,8 @@ class ReplicaCore:
                     yield Accepted(len(token_ids), deltas) if is_first else deltas
                     is_first = False
         except Exception as error:  # a process edge: errors travel as values, and faults of ours are logged here
-            yield Refused(_as_service_error(error, request))
+            param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            yield Refused(as_service_error(error, request.request_id, request.target.model_id, param))
 
     def _deltas(self, work: GenerateRequest) -> AsyncGenerator[list[Delta], None]:
         source = cast(AsyncGenerator[list[Delta], None], self.engine.generate(work))
@@ -163,6 +156,10 @@ class ReplicaCore:
             self._metrics.observe_adapter_load(base_id, seconds)
 
 
+AnyCore = ReplicaCore | EncoderCore
+CORES: dict[Task, type[AnyCore]] = {"generate": ReplicaCore, "classify": EncoderCore, "embed": EncoderCore}
+
+
 class EngineReplica:
     """The Serve deployment around a core: builds it in the replica's process, and tells at once of each arrival."""
 
@@ -176,7 +173,7 @@ class EngineReplica:
         configure_logging(self._settings.log_level)
         self._metrics = Metrics(hub_client(instance_id))
         storage = Storage(self._settings.resolved_storage_url)
-        self._core = ReplicaCore(self._settings, storage, deployable, self._metrics)
+        self._core = CORES[deployable.task](self._settings, storage, deployable, self._metrics)
         await self._core.start()
         self._pushing = asyncio.create_task(self._push())
 
@@ -184,10 +181,10 @@ class EngineReplica:
         async with self._metrics.pushing():
             await asyncio.Event().wait()
 
-    async def generate(self, request: ServeRequest) -> AsyncGenerator[Reply, None]:
-        """See ReplicaCore.generate."""
+    async def generate(self, request: ServeRequest | EncodeRequest) -> AsyncGenerator[Reply, None]:
+        """See ReplicaCore.generate and EncoderCore.generate."""
         yield Received()
-        async with aclosing(self._core.generate(request)) as replies:
+        async with aclosing(self._core.generate(request)) as replies:  # type: ignore[arg-type]  # its own kind of core
             async for reply in replies:
                 yield reply
 
@@ -287,26 +284,3 @@ def _engine_request(
     )
     ref = adapter.ref if adapter is not None else None
     return GenerateRequest(request.request_id, token_ids, sampling, n=request.n, adapter=ref)
-
-
-def _as_service_error(error: Exception, request: ServeRequest) -> ServiceError:
-    """Any failure of a request as what its client may hear."""
-    param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
-    match error:
-        case ServiceError():
-            return error
-        case QueueFull():
-            message = "The model is busy: too many requests are waiting. Try again shortly."
-            return RateLimited(message, retry_after_s=QUEUE_RETRY_AFTER_S)
-        case RenderError():
-            return InvalidRequest(f"The model cannot take this prompt: {error}", param=param)
-        case AdapterMismatch() | BrokenFolder():
-            log.error("model %s cannot be served: %s", request.target.model_id, error)
-            return ServiceError("The model cannot be served: its files do not fit its base, or are damaged.")
-        case EngineFailed():
-            return Unavailable("The engine stopped; the request can be sent again.", retry_after_s=QUEUE_RETRY_AFTER_S)
-        case UnfitRequest():
-            return InvalidRequest(f"The model cannot take this request: {error}")
-        case _:
-            log.exception("request %s failed", request.request_id, exc_info=error)
-            return ServiceError("The service had an internal fault; the request id finds it in the service's log.")

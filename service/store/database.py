@@ -6,6 +6,7 @@ another writer came first, a lock wait never does.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -29,11 +30,12 @@ class Database:
         if self.is_sqlite:
             assert self.url.database, "SQLite in memory cannot be shared between processes"
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = create_engine(self.url, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False})
+            connect_args = {"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
+            self.engine = create_engine(self.url, connect_args=connect_args, json_serializer=_to_json)
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
-            self.engine = create_engine(self.url, pool_pre_ping=True)
+            self.engine = create_engine(self.url, pool_pre_ping=True, json_serializer=_to_json)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -51,6 +53,16 @@ class Database:
     def close(self) -> None:
         """Close all pooled connections."""
         self.engine.dispose()
+
+
+def _to_json(value: Any) -> str:
+    """With characters as they are: SQLite compares the names in a JSON path with those in the text byte by byte."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(value)
+    return text
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

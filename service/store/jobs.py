@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import InvalidRequest, NotFound
-from service.jobs.states import Desired, JobState, check_move
+from service.jobs.states import Desired, JobKind, JobState, check_move
 from service.store import events
 from service.store.database import new_id, now
 from service.store.tables import Job, Outbox
@@ -18,12 +19,12 @@ class StateConflict(Exception):
     """The job was moved by somebody else in between."""
 
 
-def create(tx: Session, **fields: Any) -> Job:
+def create(tx: Session, *, kind: JobKind = JobKind.FINE_TUNING, **fields: Any) -> Job:
     """A new job, waiting for its files."""
     job = Job(
         id=new_id("ftjob-"),
         created_at=now(),
-        kind="fine_tuning",
+        kind=kind,
         state=JobState.VALIDATING_FILES,
         desired=Desired.RUN,
         state_version=0,
@@ -42,6 +43,11 @@ def in_project(project_id: str, metadata: dict[str, str] | None = None) -> list[
     for name, value in (metadata or {}).items():
         where.append(Job.user_metadata[name].as_string() == value)
     return where
+
+
+def of_parent(sweep_id: str | None) -> ColumnElement[bool]:
+    """Condition for the trials of a sweep; with None for the jobs that are nobody's trial."""
+    return Job.parent_job_id.is_(None) if sweep_id is None else Job.parent_job_id == sweep_id
 
 
 def without_metadata() -> ColumnElement[bool]:
@@ -72,6 +78,11 @@ def find_retried(tx: Session, request_hash: str, window_s: float) -> Job | None:
     )
 
 
+def trials(tx: Session, sweep_ids: Iterable[str]) -> list[Job]:
+    """The trials of the sweeps, by number."""
+    return list(tx.scalars(select(Job).where(Job.parent_job_id.in_(list(sweep_ids))).order_by(Job.trial_number)))
+
+
 def open_with_file(tx: Session, file_id: str) -> Job | None:
     """An unfinished job that needs the file."""
     uses = (Job.training_file_id == file_id) | (Job.validation_file_id == file_id)
@@ -96,7 +107,8 @@ def count_by_state(tx: Session) -> dict[str, int]:
 
 
 def move(tx: Session, job_id: str, new: JobState, *, expect: set[JobState] | None = None, **changes: Any) -> Job:
-    """Change the state by compare-and-swap, and announce it in the same transaction.
+    """Change the state by compare-and-swap, and announce it in the same transaction. A sweep that is over takes its
+    trials along.
 
     StateConflict if the job is not in one of `expect` (default: any state that may move to `new`).
     """
@@ -109,6 +121,8 @@ def move(tx: Session, job_id: str, new: JobState, *, expect: set[JobState] | Non
         changes.setdefault("finished_at", now())
     _swap(tx, job, state=new, **changes)
     _announce(tx, job)
+    if new.is_terminal:
+        pass_wish_on(tx, job, Desired.CANCEL)
     return job
 
 
@@ -155,7 +169,8 @@ def request_cancel(tx: Session, project_id: str, job_id: str) -> Job:
         return job
     if job.desired != Desired.CANCEL:
         _swap(tx, job, desired=Desired.CANCEL, stop_requested_at=now())
-        events.add(tx, job, "Cancelling: the run stops after its current step")
+        events.add(tx, job, f"Cancelling: {_who_stops(job)} after the current step")
+        pass_wish_on(tx, job, Desired.CANCEL)
     return job
 
 
@@ -171,9 +186,10 @@ def request_pause(tx: Session, project_id: str, job_id: str) -> Job:
     if not state.has_live_run:
         job = move(tx, job.id, JobState.PAUSED, expect={state}, desired=Desired.PAUSE)
         events.add(tx, job, "The job was paused")
-        return job
-    job = move(tx, job.id, JobState.PAUSING, expect={state}, desired=Desired.PAUSE, stop_requested_at=now())
-    events.add(tx, job, "Pausing: the run writes a checkpoint after its current step")
+    else:
+        job = move(tx, job.id, JobState.PAUSING, expect={state}, desired=Desired.PAUSE, stop_requested_at=now())
+        events.add(tx, job, f"Pausing: {_who_stops(job)} with a checkpoint after the current step")
+    pass_wish_on(tx, job, Desired.PAUSE)
     return job
 
 
@@ -189,4 +205,22 @@ def request_resume(tx: Session, project_id: str, job_id: str) -> Job:
     else:
         raise InvalidRequest(f"The job is {state}; only a paused job can be resumed.", code="invalid_job_state")
     events.add(tx, job, "The job was resumed")
+    pass_wish_on(tx, job, Desired.RUN)
     return job
+
+
+def pass_wish_on(tx: Session, sweep: Job, wish: Desired) -> None:
+    """Have the trials that are not over do what is wanted of their sweep; for other jobs nothing.
+
+    A trial that is cancelled for itself stays so; one that was paused for itself goes on when its sweep is resumed.
+    """
+    if sweep.kind != JobKind.SWEEP:
+        return
+    request = {Desired.CANCEL: request_cancel, Desired.PAUSE: request_pause, Desired.RUN: request_resume}[wish]
+    for trial in trials(tx, [sweep.id]):
+        if not JobState(trial.state).is_terminal and trial.desired not in (wish, Desired.CANCEL):
+            request(tx, trial.project_id, trial.id)
+
+
+def _who_stops(job: Job) -> str:
+    return "its trials stop" if job.kind == JobKind.SWEEP else "the run stops"

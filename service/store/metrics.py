@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.store.tables import Metric
@@ -35,6 +36,19 @@ def merged(tx: Session, job_id: str, kind: str | None = None) -> list[Metric]:
     return [winners[key] for key in sorted(winners)]
 
 
+def evaluations(tx: Session, job_ids: Iterable[str]) -> list[Metric]:
+    """Every evaluation of the jobs, in the order in which they were made; steps that were trained again come again."""
+    chosen = select(Metric).where(Metric.job_id.in_(list(job_ids)), Metric.kind == "eval")
+    return list(tx.scalars(chosen.order_by(Metric.at, Metric.job_id, Metric.step)))
+
+
 def trained_tokens(tx: Session, job_id: str) -> int:
     """Tokens with a loss that the job's curve stands for; repeated steps count once."""
     return sum(row.data["num_trained_tokens"] for row in merged(tx, job_id, "step"))
+
+
+def of_attempt(tx: Session, job_id: str, attempt: int, after: Mapping[str, int], limit: int) -> list[Metric]:
+    """The attempt's next rows in the order in which they were stored; `after` holds the last step of each kind."""
+    is_new = or_(*((Metric.kind == kind) & (Metric.step > step) for kind, step in after.items()))
+    of_run = select(Metric).where(Metric.job_id == job_id, Metric.attempt == attempt, is_new)
+    return list(tx.scalars(of_run.order_by(Metric.step, Metric.kind.desc()).limit(limit)))  # "step" before "eval"

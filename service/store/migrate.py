@@ -35,8 +35,8 @@ def _current(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def upgrade(db: Database) -> None:
-    """Run what is missing, under a lock and in one transaction. A newer database is refused untouched."""
+def upgrade(db: Database, to: str = "head") -> None:
+    """Run what is missing up to a revision, under a lock and in one transaction. A newer database is refused."""
     scripts = ScriptDirectory.from_config(_config())
     engine = db.engine.execution_options(begin_immediate=True)  # on SQLite this transaction is the lock
     with engine.begin() as connection:
@@ -49,7 +49,7 @@ def upgrade(db: Database) -> None:
                 f"The database {db.url.render_as_string()} has schema {current}, which this version does not know: "
                 "it was written by a newer Tunesmith. Install that version, or use another home."
             )
-        command.upgrade(_config(connection), "head")
+        command.upgrade(_config(connection), to)
 
 
 def check(db: Database) -> None:

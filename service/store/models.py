@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from service.errors import InvalidRequest, NotFound
 from service.store import aliases, catalog
 from service.store.database import now
-from service.store.tables import Model
+from service.store.tables import Job, Model
 
 
 def in_project(project_id: str) -> list[ColumnElement[bool]]:
@@ -43,6 +43,12 @@ def get(tx: Session, project_id: str, model_id: str) -> Model:
     return model
 
 
+def hold(tx: Session, project_id: str, model_id: str) -> Model:
+    """The project's model, which nobody deletes before this transaction has ended; for a job that starts from it."""
+    tx.execute(select(Model.seq).where(Model.id == model_id).with_for_update(read=True))
+    return get(tx, project_id, model_id)
+
+
 def by_id(tx: Session, model_id: str) -> Model | None:
     """Any model, deleted or not, of any project; for workers."""
     return tx.scalar(select(Model).where(Model.id == model_id))
@@ -54,13 +60,17 @@ def all_live(tx: Session) -> list[Model]:
 
 
 def delete(tx: Session, project_id: str, model_id: str) -> Model:
-    """Remove a model from service. One that an alias points to is refused: its callers would fail."""
+    """Remove a model from service. One that an alias points to or an open job starts from is refused."""
+    tx.execute(select(Model.seq).where(Model.id == model_id).with_for_update())  # waits for jobs being created on it
     model = get(tx, project_id, model_id)
     for revision, targets in aliases.all_current(tx, project_id):
         if any(target.model_id == model_id for target in targets):
             raise InvalidRequest(
                 f"The alias '{revision.name}' points to this model; move or delete the alias first.", param="model"
             )
+    job_id = tx.scalar(select(Job.id).where(Job.parent_model_id == model_id, Job.finished_at.is_(None)).limit(1))
+    if job_id is not None:
+        raise InvalidRequest(f"The job '{job_id}' starts from this model; cancel that first.", param="model")
     return mark_deleted(tx, model)
 
 

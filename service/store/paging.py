@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -23,11 +24,20 @@ class Page:
     order: Literal["asc", "desc"] = "desc"
 
 
-def page(tx: Session, table: type[Row], wanted: Page, *where: ColumnElement[bool]) -> tuple[list[Row], bool]:
-    """The rows of one page and whether more follow. An unknown cursor is an error: an empty page would hide it."""
+def page(
+    tx: Session,
+    table: type[Row],
+    wanted: Page,
+    *where: ColumnElement[bool],
+    cursor_in: Sequence[ColumnElement[bool]] = (),
+) -> tuple[list[Row], bool]:
+    """The rows of one page and whether more follow. An unknown cursor is an error: an empty page would hide it.
+
+    A cursor need not meet `where`, as its row may have been deleted or changed since; `cursor_in` it must.
+    """
     query = select(table).where(*where)
     if wanted.after is not None:
-        cursor = tx.scalar(select(table.seq).where(table.id == wanted.after))
+        cursor = tx.scalar(select(table.seq).where(table.id == wanted.after, *cursor_in))
         if cursor is None:
             raise NotFound(f"No object with id '{wanted.after}' to continue after.", param="after")
         query = query.where(table.seq > cursor if wanted.order == "asc" else table.seq < cursor)

@@ -48,9 +48,10 @@ def last(tx: Session, job_id: str) -> Run | None:
     return tx.scalar(select(Run).where(Run.job_id == job_id).order_by(Run.attempt.desc()).limit(1))
 
 
-def num_lost(tx: Session, job_id: str) -> int:
-    """Attempts that ended in a crash; only these count against the limit of attempts."""
-    return tx.scalar(select(func.count()).select_from(Run).where(Run.job_id == job_id, Run.outcome == "lost")) or 0
+def num_lost(tx: Session, job_id: str, since: float = 0.0) -> int:
+    """Attempts that ended in a crash at or after a moment; only these count against the limit of attempts."""
+    lost = (Run.job_id == job_id, Run.outcome == "lost", Run.ended_at >= since)
+    return tx.scalar(select(func.count()).select_from(Run).where(*lost)) or 0
 
 
 def hold(tx: Session, run_id: str, epoch: int) -> Run:

@@ -130,7 +130,7 @@ class BaseModel(Owned, Base):
     content_hash: Mapped[str | None] = mapped_column(String(64))
     manifest_hash: Mapped[str | None] = mapped_column(String(64))
     fingerprint: Mapped[dict[str, Any] | None]
-    capabilities: Mapped[list[Any]]  # of "chat", "completions"
+    capabilities: Mapped[list[Any]]  # of "chat", "completions", "classify", "embed"
     architecture: Mapped[str | None] = mapped_column(String(128))
     num_parameters: Mapped[int | None] = mapped_column(BigInteger)
     max_context: Mapped[int | None]  # tokens
@@ -141,10 +141,17 @@ class Job(Owned, Base):
     """A user's wish to fine-tune. `state` is where it is, `desired` where its owner wants it."""
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_state_priority_seq", "state", "priority", "seq"), {"sqlite_autoincrement": True})
-    kind: Mapped[str] = mapped_column(String(32))  # fine_tuning
+    __table_args__ = (
+        Index("ix_jobs_state_priority_seq", "state", "priority", "seq"),
+        Index("ix_jobs_parent_job_id_trial_number", "parent_job_id", "trial_number", unique=True),
+        {"sqlite_autoincrement": True},
+    )
+    kind: Mapped[str] = mapped_column(String(32))  # fine_tuning | sweep
     method: Mapped[str] = mapped_column(String(32))
-    parent_job_id: Mapped[str | None] = mapped_column(String(128))
+    parent_job_id: Mapped[str | None] = mapped_column(String(128))  # of a trial: its sweep
+    trial_number: Mapped[int | None]  # of a trial: 1, 2, … within its sweep
+    trial: Mapped[dict[str, Any] | None]  # of a trial: its combination and how it does, see service.jobs.sweeps.Trial
+    sweep: Mapped[dict[str, Any] | None]  # of a sweep: what to search, see service.jobs.sweeps.Sweep
     priority: Mapped[int]
     state: Mapped[str] = mapped_column(String(32))
     desired: Mapped[str] = mapped_column(String(32))  # run | pause | cancel
@@ -161,7 +168,7 @@ class Job(Owned, Base):
     spec: Mapped[dict[str, Any]]  # TrainSpec; resolved once planned
     plan: Mapped[dict[str, Any] | None]  # training.plan's numbers, once planned
     user_metadata: Mapped[dict[str, Any] | None]
-    error: Mapped[dict[str, Any] | None]  # {code, message, param}
+    error: Mapped[dict[str, Any] | None]  # {code, message, param}, and {suggested_request} if there is one
     result_file_ids: Mapped[list[Any]]
     fine_tuned_model: Mapped[str | None] = mapped_column(String(256))
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)

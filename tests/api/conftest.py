@@ -72,22 +72,21 @@ def platform(tmp_path_factory: pytest.TempPathFactory, admin_key: str) -> Iterat
     db.close()
 
 
-def add_base_row(db: Database, base_id: str) -> None:
+def add_base_row(db: Database, base_id: str, **changes: Any) -> None:
     """A base that is ready as far as the API can tell; nothing here loads its weights."""
     with db.write() as tx:
         bases.add(tx, project_id=DEFAULT_PROJECT, created_by=None, id=base_id, source="starter", revision=None)
-        bases.set_ready(
-            tx,
-            base_id,
-            storage_key="bases/0123",
-            content_hash="0123",
-            manifest_hash="4567",
-            fingerprint={"tokenizer": "89ab"},
-            capabilities=["chat", "completions"],
-            architecture="LlamaForCausalLM",
-            num_parameters=1000,
-            max_context=512,
-        )
+        fields: dict[str, Any] = {
+            "storage_key": "bases/0123",
+            "content_hash": "0123",
+            "manifest_hash": "4567",
+            "fingerprint": {"tokenizer": "89ab"},
+            "capabilities": ["chat", "completions"],
+            "architecture": "LlamaForCausalLM",
+            "num_parameters": 1000,
+            "max_context": 512,
+        }
+        bases.set_ready(tx, base_id, **(fields | changes))
 
 
 @pytest.fixture(scope="session")

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
 from service.app import build_app
+from service.jobs.launchers import InProcessLauncher, LoopFit
+from service.jobs.run_driver import Fit
+from service.jobs.task_runners import InProcessTaskRunner
 from service.metrics import Metrics
 from service.platform import Platform
 from service.serving.catalog import Catalog
 from service.serving.engines import InProcessEngines
 from service.store import keys
 from tests.api.conftest import _Server
+from tests.jobs.world import PATIENCE_S, make_orchestrator
 from tests.serving.world import add_base, new_world
+from tests.training.runs import BASE_KEY, LLAMA, make_base
+from training.storage import Storage
 
 ECHO = "echo-base"
+TRAINABLE = "tiny"
 
 
 @contextmanager
@@ -46,6 +55,46 @@ def live_service(home: Path, **settings: object) -> Iterator[tuple[Platform, str
         thread.join(30)
         listener.close()
         db.close()
+
+
+@contextmanager
+def training_service(
+    home: Path, make_fit: Callable[[Storage, Path], Fit] = LoopFit, base: dict[str, Any] = LLAMA
+) -> Iterator[tuple[Platform, OpenAI]]:
+    """A service that really trains and answers: an orchestrator ticks beside it, and a tiny base is ready."""
+    stop = threading.Event()
+    with live_service(home, engine="native") as (platform, url, secret):
+        settings, db, storage = platform.settings, platform.db, platform.storage
+        launcher = InProcessLauncher(settings, db, storage, make_fit(storage, home / "scratch"), 1)
+        runner = InProcessTaskRunner(settings, db, storage)
+        orchestrator = make_orchestrator(settings, db, launcher, runner)
+
+        def tick() -> None:
+            while not stop.wait(0.02):
+                orchestrator.tick()
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            source = Storage(str(home / "source"))
+            make_base(source, base)
+            with sync_client(url, secret) as client:
+                client.post("/bases", body={"id": TRAINABLE, "source": source.path(BASE_KEY)}, cast_to=dict[str, Any])
+                wait_for(lambda: client.get(f"/bases/{TRAINABLE}", cast_to=dict[str, Any])["status"] == "ready")
+                yield platform, client
+        finally:
+            stop.set()
+            thread.join(PATIENCE_S)
+            launcher.join(PATIENCE_S)
+            runner.join(PATIENCE_S)
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    """Poll until it is so."""
+    pause, give_up_at = threading.Event(), time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < give_up_at, "it did not happen"
+        pause.wait(0.05)
 
 
 def sync_client(url: str, secret: str) -> OpenAI:

@@ -39,8 +39,8 @@ def error_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
 def test_an_unknown_route_is_a_404(client: OpenAI, http: httpx2.Client) -> None:
     assert error_of(http.get("/v1/nothing/here"), 404)["code"] == "unknown_url"
     assert "base_url" in error_of(http.get("/models"), 404)["message"]
-    with pytest.raises(openai.NotFoundError, match=r"POST /v1/embeddings\. This service does not have it"):
-        client.embeddings.create(model=BASE, input="x")
+    with pytest.raises(openai.NotFoundError, match=r"POST /v1/images/generations\. This service does not have it"):
+        client.images.generate(model=BASE, prompt="x")
     with pytest.raises(openai.NotFoundError) as caught:
         client.post("/fine_tuning/none", cast_to=object)
     assert caught.value.code == "unknown_url"
@@ -131,6 +131,10 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
     return {"method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
 
 
+def wandb(**settings: Any) -> dict[str, Any]:
+    return {"type": "wandb", "wandb": settings}
+
+
 DPO = "method.dpo.hyperparameters"
 
 
@@ -161,7 +165,13 @@ def dpo(**hyperparameters: Any) -> dict[str, Any]:
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "invalid_value"),
         ({"metadata": {"k" * 65: "v"}}, "metadata", "invalid_value"),
         ({"metadata": {"k": "v" * 513}}, "metadata", "invalid_value"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "unsupported_parameter"),
+        ({"integrations": {"type": "wandb"}}, "integrations", "invalid_type"),
+        ({"integrations": [{"type": "mlflow"}]}, "integrations.0.type", "invalid_value"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0.wandb", "missing_required_parameter"),
+        ({"integrations": [wandb()]}, "integrations.0.wandb.project", "missing_required_parameter"),
+        ({"integrations": [wandb(project="a/b")]}, "integrations.0.wandb.project", "invalid_value"),
+        ({"integrations": [wandb(project="p", tags=[""])]}, "integrations.0.wandb.tags.0", "invalid_value"),
+        ({"integrations": [wandb(project="p", team="t")]}, "integrations.0.wandb.team", "unknown_parameter"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "unsupported_parameter"),
         (dpo(beta=0), f"{DPO}.beta", "invalid_value"),
         (dpo(beta=2.1), f"{DPO}.beta", "invalid_value"),

@@ -36,6 +36,18 @@ def test_events_are_paged_newest_first(project_client: OpenAI, platform: Platfor
     assert every[0].data == {"step": 8, "total_steps": 8, "train_loss": 1.0}
 
 
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_an_event_of_another_job_is_no_cursor(
+    project_client: OpenAI, http: httpx2.Client, training_file: str, stream: str
+) -> None:
+    one, other = (project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file) for _ in range(2))
+    strange = project_client.fine_tuning.jobs.list_events(other.id).data[0].id
+    path, headers = f"/v1/fine_tuning/jobs/{one.id}/events", {"authorization": f"Bearer {project_client.api_key}"}
+    for after in (strange, "ftevent-none"):
+        answer = http.get(path, params={"after": after, "stream": stream}, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "after")
+
+
 def read_stream(lines: Any) -> tuple[list[dict[str, Any]], bool]:
     """The events of a stream, and whether it ended as it should."""
     found: list[dict[str, Any]] = []

@@ -17,9 +17,10 @@ from service.jobs.states import JobState
 from service.platform import Platform
 from service.store import checkpoints, jobs, keys
 from service.store.database import now
-from tests.api.conftest import BASE, SLASHED_BASE, NewClient, upload
-from training.spec import DpoSpec, TrainSpec
+from tests.api.conftest import BASE, SLASHED_BASE, NewClient, add_base_row, upload
+from training.spec import ClassificationSpec, DpoSpec, EmbeddingSpec, TrainSpec
 
+LABELLED = b'{"text": "Where is my card?", "label": "card"}\n{"text": "Is this you?", "label": "other"}\n' * 5
 RETRY = {"x-stainless-retry-count": "1"}
 
 
@@ -64,16 +65,19 @@ def test_given_settings_are_echoed_and_become_the_spec(
         hyperparameters={"n_epochs": 9},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
         extra_body={
-            "adapter": {"rank": 4, "targets": ["q_proj"]},
+            "adapter": {"rank": 4, "targets": ["q_proj"], "rslora": True, "dora": True},
             "num_workers": 2,
             "parallel": "fsdp",
             "precision": "fp32",
             "priority": 3,
+            "sample_prompts": ["Who are you?"],
         },
     )
+    assert extra(job, "sample_prompts") == ["Who are you?"]
     assert (job.seed, job.metadata, job.validation_file) == (7, {"team": "a"}, held_out)
     assert job.hyperparameters.n_epochs == 2  # that of `method` is the effective one
-    assert extra(job, "adapter") == {"type": "lora", "rank": 4, "alpha": "auto", "dropout": 0.0, "targets": ["q_proj"]}
+    variant = {"rslora": True, "dora": True, "dropout": 0.0, "targets": ["q_proj"]}
+    assert extra(job, "adapter") == {"type": "lora", "rank": 4, "alpha": "auto", **variant}
     with platform.db.read() as tx:
         row = jobs.by_id(tx, job.id)
     assert (row.priority, row.spec["num_workers"], row.spec["precision"], row.spec["seed"]) == (3, 2, "fp32", 7)
@@ -127,6 +131,81 @@ def test_a_dpo_job_needs_no_settings(project_client: OpenAI, platform: Platform)
     pairs = upload(project_client, platform, PAIR * 10)
     job = project_client.fine_tuning.jobs.create(model=BASE, training_file=pairs, method={"type": "dpo"})
     assert job.hyperparameters.model_dump()["beta"] == "auto"
+
+
+def test_a_classification_job_echoes_its_settings_and_becomes_the_spec(
+    project_client: OpenAI, platform: Platform
+) -> None:
+    rows = upload(project_client, platform, LABELLED)
+    report: Any = project_client.files.retrieve(rows).model_dump()["report"]
+    assert (report["kind"], report["num_records"]) == ("classification", 10)
+    chosen: Any = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "class_weights": "balanced"}
+    body: Any = {"type": "classification", "classification": {"hyperparameters": chosen}}
+    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=rows, method=body)
+    echoed: Any = job.model_dump()
+    assert echoed["method"]["type"] == "classification"
+    hyperparameters = echoed["method"]["classification"]["hyperparameters"]
+    assert chosen.items() <= hyperparameters.items()
+    assert hyperparameters["label_smoothing"] == "auto"
+    assert "labels" not in hyperparameters, "what is echoed can be sent again"
+    assert echoed["adapter"] == {"type": "none"}, "a small model trains all its weights unless told otherwise"
+    with platform.db.read() as tx:
+        spec = TrainSpec.model_validate(jobs.by_id(tx, job.id).spec)
+    assert (spec.method, spec.classification) == ("classification", ClassificationSpec(class_weights="balanced"))
+    lora: Any = {"adapter": {"type": "lora"}}
+    asked = project_client.fine_tuning.jobs.create(model=BASE, training_file=rows, method=body, extra_body=lora)
+    assert asked.model_dump()["adapter"]["type"] == "lora"
+
+
+def test_a_base_that_cannot_learn_by_the_method_is_refused(project_client: OpenAI, platform: Platform) -> None:
+    add_base_row(platform.db, "encoder", architecture="BertModel", capabilities=["embed"])
+    file = upload(project_client, platform)
+    with pytest.raises(openai.BadRequestError) as caught:
+        project_client.fine_tuning.jobs.create(model="encoder", training_file=file)
+    assert (caught.value.code, caught.value.param) == ("invalid_base_model", "model")
+    rows = upload(project_client, platform, LABELLED)
+    method: Any = {"type": "classification"}
+    assert project_client.fine_tuning.jobs.create(model="encoder", training_file=rows, method=method).model == "encoder"
+    with pytest.raises(openai.BadRequestError, match="is no encoder") as caught:
+        embedding: Any = {"type": "embedding"}
+        project_client.fine_tuning.jobs.create(model=BASE, training_file=rows, method=embedding)
+    assert (caught.value.code, caught.value.param) == ("invalid_base_model", "model")
+
+
+def test_an_embedding_job_echoes_its_settings_and_becomes_the_spec(project_client: OpenAI, platform: Platform) -> None:
+    add_base_row(platform.db, "embedder", architecture="BertModel", capabilities=["embed"])
+    rows = upload(project_client, platform, b'{"anchor": "a", "positive": "b"}\n' * 10)
+    report: Any = project_client.files.retrieve(rows).model_dump()["report"]
+    assert (report["kind"], report["num_records"]) == ("pair", 10)
+    body: Any = {"type": "embedding", "embedding": {"hyperparameters": {"n_epochs": 2, "temperature": 0.1}}}
+    job = project_client.fine_tuning.jobs.create(model="embedder", training_file=rows, method=body)
+    echoed: Any = job.model_dump()
+    assert {"n_epochs": 2, "temperature": 0.1}.items() <= echoed["method"]["embedding"]["hyperparameters"].items()
+    with platform.db.read() as tx:
+        spec = TrainSpec.model_validate(jobs.by_id(tx, job.id).spec)
+    assert (spec.method, spec.embedding, spec.adapter) == ("embedding", EmbeddingSpec(temperature=0.1), None)
+    body["embedding"]["hyperparameters"]["temperature"] = 0
+    with pytest.raises(openai.BadRequestError) as caught:
+        project_client.fine_tuning.jobs.create(model="embedder", training_file=rows, method=body)
+    assert caught.value.param == "method.embedding.hyperparameters.temperature"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "param"),
+    [
+        ({"class_weights": "heavy"}, "method.classification.hyperparameters.class_weights"),
+        ({"label_smoothing": 1}, "method.classification.hyperparameters.label_smoothing"),
+        ({"labels": ["a", "b"]}, "method.classification.hyperparameters.labels"),
+        ({"beta": 0.1}, "method.classification.hyperparameters.beta"),
+    ],
+)
+def test_faulty_settings_of_a_classification_are_named(
+    project_client: OpenAI, training_file: str, chosen: Any, param: str
+) -> None:
+    method: Any = {"type": "classification", "classification": {"hyperparameters": chosen}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file, method=method)
+    assert caught.value.param == param
 
 
 def test_the_deprecated_hyperparameters_count_where_the_method_has_none(
@@ -251,11 +330,14 @@ def test_jobs_are_filtered_by_metadata(project_client: OpenAI, training_file: st
         return [job.id for job in project_client.fine_tuning.jobs.list(**query)]
 
     one, two = create({"team": "a", "the run": "1"}), create({"team": "a", "the run": "2"})
-    without = [create({"team": "b"}), create(None)]
+    without = [create({"team": "b"}), create(None), create({})]
+    assert project_client.fine_tuning.jobs.retrieve(without[2]).metadata is None
+    named = create({"größe": "groß"})
     assert found(metadata={"team": "a"}) == [two, one]
     assert found(metadata={"team": "a", "the run": "1"}) == [one]
     assert found(metadata={"team": "c"}) == []
-    assert found(extra_query={"metadata": "null"}) == [without[1]]
+    assert found(metadata={"größe": "groß"}) == [named]
+    assert found(extra_query={"metadata": "null"}) == [without[2], without[1]]
     for name in ("metadata[", "metadata[]", 'metadata[a"b]', "metadata[a\\b]"):
         with pytest.raises(openai.BadRequestError):
             found(extra_query={name: "x"})

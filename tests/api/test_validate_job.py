@@ -43,7 +43,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform
         with db.write() as tx:
             bases.add(tx, project_id=DEFAULT_PROJECT, created_by=None, id=TINY, source="starter", revision=None)
             fields: dict[str, Any] = {"storage_key": ref.key, "content_hash": "0123", "manifest_hash": "4567"}
-            fields |= {"capabilities": ["chat"], "architecture": "LlamaForCausalLM", "max_context": 128}
+            fields |= {"capabilities": ["chat", "completions"], "architecture": "LlamaForCausalLM", "max_context": 128}
             bases.set_ready(tx, TINY, fingerprint={}, num_parameters=1000, **fields)
         runner = InProcessTaskRunner(settings, db, storage)
         launcher = InProcessLauncher(settings, db, storage, Rehearsal(storage), 1)
@@ -121,13 +121,16 @@ def test_the_speed_of_an_earlier_job_counts_and_full_weights_answer_by_themselve
             metrics.add(tx, job.id, 1, "step", step, {"num_trained_tokens": 50, "tokens_per_s": 100.0}, float(step))
         jobs.move(tx, job.id, JobState.SUCCEEDED)
     native = platform.settings.model_copy(update={"engine": "native"})
-    seen = preview(native, platform.db, platform.storage, spec)["plan"]
+    seen = preview(native, platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
     assert job.id in seen["time_basis"]
+    strange = preview(native, platform.db, platform.storage, spec, "proj-strange")["plan"]
+    assert strange["time_basis"].startswith("the speed of an earlier job")
+    assert job.id not in str(strange)
     assert seen["duration_s"] == pytest.approx(0.5 * made.total_steps + START_S, abs=3.0)
     assert seen["serving"]["can_be_served"]
     assert seen["serving"]["deployment"] == "its own"
     on_gpus = native.model_copy(update={"train_num_gpus": 1.0})
-    unknown = preview(on_gpus, platform.db, platform.storage, spec)["plan"]
+    unknown = preview(on_gpus, platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
     assert unknown["duration_s"] is None
     assert unknown["time_basis"].startswith("unknown: ")
 
@@ -160,9 +163,17 @@ def test_the_error_is_the_one_that_the_job_would_end_with(
     assert rows_of(platform)[1] == 0
 
 
+SWEEP = {"validation_split": 0.2, "sweep": {"search": "grid", "parameters": {"learning_rate": [1e-3, 1e-4]}}}
+
+
 def test_a_body_is_checked_as_by_create(service: tuple[Platform, OpenAI]) -> None:
     _, client = service
-    for fields, param in (({"wat": 1}, "wat"), ({"num_workers": 99}, "num_workers"), ({}, "training_file")):
+    for fields, param in (
+        ({"wat": 1}, "wat"),
+        (SWEEP, "sweep"),
+        ({"num_workers": 99}, "num_workers"),
+        ({}, "training_file"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             validate(client, "file-none", **fields)
         assert caught.value.param == param

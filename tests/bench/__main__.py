@@ -9,7 +9,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = ("story", "training", "plan")
+BENCHMARKS = ("classification", "gpu-training", "plan", "story", "training")
 
 
 def main() -> None:
@@ -17,13 +17,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("name", choices=BENCHMARKS)
     name = parser.parse_args().name
-    benchmark = importlib.import_module(f"tests.bench.{name}")
+    benchmark = importlib.import_module(f"tests.bench.{name.replace('-', '_')}")
     figures: dict[str, float] = benchmark.run()
     table = Table("figure", "measured", "goal", title=name)
     for key, value in figures.items():
         table.add_row(key, f"{value:.3g}", benchmark.GOALS.get(key, ""))
-    Console().print(table)
-    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+    if figures:
+        Console().print(table)
+    print(json.dumps({key: float(f"{value:.5g}") for key, value in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -67,23 +67,27 @@ def chat_rows() -> list[dict[str, Any]]:
 
 def make_bases(storage: Storage, rows: list[dict[str, Any]]) -> dict[str, BaseRef]:
     """Both models, committed like any base."""
-    tokenizer = _train_tokenizer(rows)
-    return {size: _make_base(storage, size, tokenizer) for size in SIZES}
+    tokenizer = train_tokenizer(rows)
+    return {size: make_base(storage, size, SIZES[size], tokenizer) for size in SIZES}
 
 
-def _train_tokenizer(rows: list[dict[str, Any]]) -> Tokenizer:
+def train_tokenizer(rows: list[dict[str, Any]], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """Byte-level BPE of at most so many tokens, learnt from the rows."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((message["content"] for row in rows for message in row["messages"]), trainer)
     return tokenizer
 
 
-def _make_base(storage: Storage, size: str, tokenizer: Tokenizer) -> BaseRef:
+def make_base(
+    storage: Storage, size: str, model: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+) -> BaseRef:
+    """A random model of this configuration with the tokenizer, committed under the name of its size."""
     key = f"bases/{size}"
     folder = Path(storage.path(key))
     folder.mkdir(parents=True)
@@ -93,12 +97,13 @@ def _make_base(storage: Storage, size: str, tokenizer: Tokenizer) -> BaseRef:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
-        "model_max_length": _COMMON["max_position_embeddings"],
+        "model_max_length": model["max_position_embeddings"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    write_model(folder, SIZES[size], torch.float32)
-    fingerprint = Fingerprint(chat_template="-", tokenizer="-", special_tokens="-", dtype="float32", adapter="none")
+    write_model(folder, model, dtype)
+    stored = str(dtype).removeprefix("torch.")
+    fingerprint = Fingerprint(chat_template="-", tokenizer="-", special_tokens="-", dtype=stored, adapter="none")
     files = hash_files(storage, key, [file.name for file in folder.iterdir()])
     manifest = Manifest(kind="base", files=files, base_id=size, base_content_hash=size, fingerprint=fingerprint)
     commit(storage, key, manifest)

@@ -152,22 +152,22 @@ class _Bench:
         return peak_bytes, cpu_s
 
     def _remember(self, spec: TrainSpec, peak_bytes: int) -> None:
-        """What the constants multiply: 1, activations of LoRA and of full weights, logits, shapes; then the rest."""
+        """What the constants multiply: 1, activations of LoRA and of full weights, logits, bf16; then the rest."""
         examples, _ = load_examples(spec, self.storage, self.folder / f"examples-{len(self.fit)}")
         shape = ModelShape(self.storage.local_folder(spec.base.key))
         tokens = np.array([len(ids) for ids in examples["input_ids"]])
         trained = np.array([sum(mask) for mask in examples["trained"]])
         parts = estimate.parts(spec, shape, tokens, trained)
         lora, full = (parts.activations, 0) if spec.adapter else (0, parts.activations)
-        self.fit.append((1, lora, full, parts.logits, parts.num_shapes, parts.state, peak_bytes))
+        self.fit.append((1, lora, full, parts.logits, int(parts.kernels > 0), parts.state, peak_bytes))
 
     def _print_fit(self) -> None:
         table = np.array(self.fit, dtype=float)
         factors, state, peak = table[:, :5], table[:, 5], table[:, 6]
         found, *_ = np.linalg.lstsq(factors / peak[:, None], (peak - state) / peak, rcond=None)
-        process, lora, full, logits, shapes = found
+        process, lora, full, logits, kernels = found
         print(
             f"best fit: PROCESS_BYTES = {process / 1e6:.0f}_000_000, HELD = {{True: {lora:.2f}, False: {full:.2f}}}, "
-            f"LOGIT_BYTES = {logits:.1f}, SHAPE_BYTES = {shapes / 1e6:.0f}_000_000",
+            f"LOGIT_BYTES = {logits:.1f}, KERNEL_BYTES = {kernels / 1e6:.0f}_000_000",
             file=sys.stderr,
         )

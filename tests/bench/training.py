@@ -11,20 +11,18 @@ then sees the square of their sum. Its mode `default` is 8 padded rows in fp32, 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.bench import loss_curve
 from tests.bench.material import MAX_LENGTH, Rows, chat_rows, make_bases
+from tests.bench.processes import PEER, Speed, tokens_per_s, train, train_peer
 from training.attention import PACKED
 from training.evaluation import evaluate
 from training.examples import load_examples
@@ -44,9 +42,6 @@ GOALS = {
     "rss_vs_trl": "<= 1",
     "loss_curve_vs_plain": "<= 1e-4",
 }
-ROOT = Path(__file__).resolve().parents[2]
-PEER = ROOT / ".peers/trl/bin/python"
-TRL_SFT = ROOT / "tests/bench/peers/trl_sft.py"
 RANK, ALPHA = 16, 32.0
 NUM_VALID_ROWS = 200
 NUM_WARMUP_STEPS = 2
@@ -59,6 +54,7 @@ class Case:
     size: str
     lora: bool
     num_packed: int  # rows of 512 tokens per step of the peer; ours takes as many rows as have about these tokens
+    num_micro_batches: int  # that ours makes of them, as many as keep its memory below the peer's
     num_steps: int
 
     @property
@@ -70,21 +66,13 @@ class Case:
         return 1e-3 if self.size == "8m" else 3e-4
 
 
-@dataclass(frozen=True)
-class Speed:
-    """One run's figures."""
-
-    tokens_per_s: float
-    rss_bytes: int
-
-
 CASES = (
-    Case("8m", lora=False, num_packed=8, num_steps=16),
-    Case("8m", lora=True, num_packed=8, num_steps=8),
-    Case("110m", lora=False, num_packed=4, num_steps=5),
-    Case("110m", lora=True, num_packed=4, num_steps=5),
+    Case("8m", lora=False, num_packed=8, num_micro_batches=4, num_steps=16),
+    Case("8m", lora=True, num_packed=8, num_micro_batches=4, num_steps=8),
+    Case("110m", lora=False, num_packed=4, num_micro_batches=4, num_steps=5),
+    Case("110m", lora=True, num_packed=4, num_micro_batches=4, num_steps=5),
 )
-DEFAULT = Case("8m", lora=False, num_packed=0, num_steps=12)  # 8 rows per step on both sides
+DEFAULT = Case("8m", lora=False, num_packed=0, num_micro_batches=1, num_steps=12)  # 8 rows per step on both sides
 NUM_DEFAULT_ROWS = 8
 
 
@@ -134,7 +122,7 @@ class _Bench:
         hyper = spec.hyperparameters.model_copy(update=changes)
         fields = {"training_key": "files/curve", "precision": "fp32", "hyperparameters": hyper}
         spec = spec.model_copy(update=fields)
-        steps, _ = self._train(spec, "curve", 0)
+        steps, _ = train(spec, self.folder, "curve")
         return loss_curve.largest_difference(
             [step["train_loss"] for step in steps], loss_curve.plain_losses(spec, self.storage)
         )
@@ -149,21 +137,10 @@ class _Bench:
 
     def _ours(self, case: Case, num_workers: int = 1, num_threads: int = 0) -> Speed:
         name = f"{case.name}_{case.num_packed}_{num_workers}_{num_threads}"
-        steps, rss = self._train(self._spec(case, num_workers), name, num_threads)
+        steps, rss = train(self._spec(case, num_workers), self.folder, name, num_threads)
         if case is CASES[0] and not num_threads:
             self._keep(self.folder / "runs" / name / "artifact", self.folder / "ours" / case.name)
         return _speed([step["at"] for step in steps], [step["num_trained_tokens"] for step in steps], rss)
-
-    def _train(self, spec: TrainSpec, name: str, num_threads: int) -> tuple[list[dict[str, Any]], int]:
-        """`python -m training`, as a user runs it without the service: its steps and peak memory."""
-        run_dir, spec_file = self.folder / "runs" / name, self.folder / f"{name}.json"
-        spec_file.write_text(spec.model_dump_json())
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.num_workers)]
-        command = [sys.executable, *(launcher if spec.num_workers > 1 else []), "-m", "training", str(spec_file)]
-        command += ["--run-dir", str(run_dir), "--storage", str(self.folder)]
-        _, rss = _measured(command, num_threads)
-        items = [json.loads(line) for line in (run_dir / "progress.jsonl").read_text().splitlines()]
-        return [item for item in items if item["kind"] == "step"], rss
 
     def _keep(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +153,7 @@ class _Bench:
             batch_size=self._rows_per_step(case),
             learning_rate_multiplier=1.0,
             learning_rate=case.learning_rate,
-            gradient_accumulation_steps=max(1, case.num_packed // num_workers),
+            gradient_accumulation_steps=max(1, case.num_micro_batches // num_workers),
             max_length=MAX_LENGTH,
         )
         return TrainSpec(
@@ -204,9 +181,10 @@ class _Bench:
             "max_length": MAX_LENGTH,
             "learning_rate": case.learning_rate,
             "max_steps": -1,
+            "use_cpu": True,
+            "model_options": {},
         }
-        output, rss = _measured([str(PEER), str(TRL_SFT), json.dumps(settings)], 0)
-        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        result, rss = train_peer(settings)
         return _speed(result["at"], result["num_tokens"], rss)
 
     def _valid_loss(self, model_folder: Path) -> float:
@@ -214,33 +192,11 @@ class _Bench:
         spec = self._spec(CASES[0], 1).model_copy(update={"training_key": "files/valid"})
         examples, _ = load_examples(spec, self.storage)
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=PACKED)
-        return evaluate(model, loss_sums, examples, Workers(0, 1, torch.device("cpu")), 8).loss
-
-
-def _measured(command: list[str], num_threads: int) -> tuple[str, int]:
-    """Output and peak memory of a process; RuntimeError with the end of what it said if it fails."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    if num_threads:
-        environment["OMP_NUM_THREADS"] = str(num_threads)
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        tempfile.TemporaryFile("w+") as out,
-        tempfile.TemporaryFile("w+") as err,
-    ):
-        environment["HF_DATASETS_CACHE"] = cache
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        for file in (out, err):
-            file.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{command[:4]} failed:\n{out.read()[-1000:]}\n{err.read()[-3000:]}")
-        return out.read(), usage.ru_maxrss * 1024
+        return evaluate(model, partial(loss_sums, spec), examples, Workers(0, 1, torch.device("cpu")), 8).loss
 
 
 def _speed(at: list[float], num_tokens: list[int], rss_bytes: int) -> Speed:
-    first = NUM_WARMUP_STEPS
-    return Speed(sum(num_tokens[first:]) / (at[-1] - at[first - 1]), rss_bytes)
+    return Speed(tokens_per_s(at, num_tokens, NUM_WARMUP_STEPS), rss_bytes)
 
 
 def _compared(name: str, ours: Speed, theirs: Speed) -> dict[str, float]:

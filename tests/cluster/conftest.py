@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,8 @@ def cluster_settings(home: Path, **changes: Any) -> Settings:
         "train_num_cpus": 0.4,
         "train_num_threads": 1,
         "heartbeat_timeout_s": 20.0,
+        "wandb_offline": True,
+        "tensorboard_dir": str(home / "board") if find_spec("tensorboard") else "",
     }
     return Settings(**(values | changes))
 

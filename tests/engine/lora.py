@@ -17,7 +17,9 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, seed: int, rank: int =
     peft_model = get_peft_model(model, LoraConfig(r=rank, task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
+            elif "lora_" in name:
                 parameter.normal_(std=0.3)
     peft_model.save_pretrained(folder)
     return folder

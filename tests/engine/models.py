@@ -42,9 +42,11 @@ def save_model(kind: str, folder: Path) -> Path:
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
+            elif name.endswith("bias"):  # zeros would hide what happens to them
+                parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
 

@@ -33,10 +33,11 @@ async def test_adapters_mixed_in_a_batch_answer_like_merged_weights(
     for name, options in {
         "plain": {"rank": 4},
         "wide": {"rank": 9, "use_rslora": True, "lora_alpha": 3},
+        "dora": {"rank": 4, "use_dora": True, "use_rslora": True, "alpha_pattern": {"v_proj": 3}},
         "pattern": {"rank": 3, "rank_pattern": {"k_proj": 5}, "alpha_pattern": {"q_proj": 2, "c_attn": 3}},
     }.items():
         save_adapter(load_model(folder), tmp_path / name, seed=len(name), **options)  # type: ignore[arg-type]
-    names = ["plain", None, "wide", "pattern", "plain", None, "pattern", "wide", "wide"]
+    names = ["plain", None, "wide", "dora", "pattern", "plain", None, "dora", "pattern", "wide", "wide"]
     async with running(native(folder, tokenizer=Ids(), max_batch_size=6)) as engine:
 
         async def one(number: int, name: str | None) -> tuple[tuple[int, ...], list[int]]:
@@ -94,11 +95,12 @@ async def test_an_adapter_of_another_base_is_refused_by_name(model_folders: dict
         other = save_adapter(load_model(model_folders["gpt2"]), tmp_path / "gpt2", seed=0)
         with pytest.raises(AdapterMismatch, match="no linear layer of this base model"):
             await engine.load_adapter(AdapterRef("gpt2", other))
-        dora = save_adapter(load_model(model_folders["llama"]), tmp_path / "dora", seed=0)
-        config = json.loads((dora / "adapter_config.json").read_text())
-        (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-        with pytest.raises(AdapterMismatch, match="use_dora"):
-            await engine.load_adapter(AdapterRef("dora", dora))
+        for name in ("use_qalora", "use_dora"):  # the one is not run here, the other lacks its magnitudes
+            folder = save_adapter(load_model(model_folders["llama"]), tmp_path / name, seed=0)
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps({**config, name: True}))
+            with pytest.raises(AdapterMismatch, match=name):
+                await engine.load_adapter(AdapterRef(name, folder))
 
 
 async def test_a_seed_fixes_the_answer_and_each_choice_differs(model_folders: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from training.records import (
     ChatRecord,
+    ClassificationRecord,
     CompletionRecord,
     PreferenceRecord,
     RecordError,
@@ -48,6 +49,43 @@ def test_the_three_kinds_are_read() -> None:
     ]
     assert [kind_of(record) for record in records] == ["chat", "completion", "text"]
     assert records[1:] == [CompletionRecord(prompt="", completion="b"), TextRecord(text="t 🚀")]
+
+
+def test_a_text_with_a_label_is_read() -> None:
+    record = parse_line(b'{"text": " where is my card? ", "label": "card arrival"}', 1)
+    assert record == ClassificationRecord(text=" where is my card? ", label="card arrival")
+    assert kind_of(record) == "classification"
+    assert sequences_of(record) == (record,)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": "a", "label": 3}', 'label: 3 is not text; a label must be a string; write "3"'),
+        (b'{"text": "a", "label": true}', "label: true is not text; a label must be a string"),
+        (b'{"text": "a", "label": null}', "label: null is not text"),
+        (b'{"text": "a", "label": ["x", "y"]}', 'label: ["x", "y"] is not text'),
+        (b'{"text": "a", "label": ""}', "label: must not be empty"),
+        (b'{"text": "a", "label": "spam "}', 'label: "spam " begins or ends with a blank'),
+        (b'{"text": "a", "label": "a\\u0000b"}', "holds a line break or another character that cannot be shown"),
+        (b'{"text": "a", "label": "' + b"x" * 300 + b'"}', "label: longer than 256 characters"),
+        (b'{"text": " \\n", "label": "spam"}', "text: empty, nothing to classify"),
+        (b'{"label": "spam"}', "text: missing"),
+        (b'{"text": 1, "label": "spam"}', "text: 1 is not text"),
+        (b'{"text": "a", "label": "spam", "weight": 2}', 'unknown key "weight"; known keys: text, label'),
+        (b'{"text": "a", "lable": "spam"}', 'unknown key "lable"; did you mean "label"?'),
+    ],
+)
+def test_a_faulty_label_or_text_is_explained(line: bytes, words: str) -> None:
+    assert words in error_of(line)
+
+
+def test_a_row_without_its_label_is_told_by_its_line() -> None:
+    lines = b'{"text": "a", "label": "x"}\n{"text": "b"}\n'
+    (_, first), (number, second) = iter_records(io.BytesIO(lines))
+    assert isinstance(first, ClassificationRecord)
+    assert number == 2
+    assert str(second) == "line 2: a text record in a file that starts with classification (line 1)"
 
 
 def test_a_tool_conversation_is_read_whole() -> None:
@@ -187,7 +225,7 @@ FAULTS: list[tuple[bytes, str]] = [
     (b'{"text": ""}', "text: empty, nothing to train on"),
     (
         b'{"question": "a", "answer": "b"}',
-        '"messages" (chat), "prompt" and "completion", "text", or "input", "preferred_output" ',
+        '"messages" (chat), "prompt" and "completion", "text", "text" and "label" (classification), "anchor" and ',
     ),
     (b'{"text": "a", "text": "b"}', 'the key "text" appears twice'),
     (b'{"text": NaN}', "NaN is not JSON"),

@@ -16,7 +16,8 @@ KEYS = st.sampled_from(
     [
         *("messages", "role", "content", "weight", "tool_calls", "tool_call_id", "refusal", "function_call"),
         *("tools", "functions", "parallel_tool_calls", "strict", "parameters", "function", "name", "arguments"),
-        *("prompt", "completion", "text", "id", "type"),
+        *("prompt", "completion", "text", "label", "id", "type"),
+        *("anchor", "positive", "negative"),
     ]
 ) | st.text(max_size=5)
 LEAVES = (

@@ -6,11 +6,14 @@ import threading
 
 import pytest
 
+from service.jobs.recorder import RunRecorder
 from service.jobs.rehearsal import TOKENS_PER_STEP, Rehearsal, loss
 from service.jobs.states import JobState
 from service.store import checkpoints, files, jobs, models
 from tests.jobs.gate import Build, gated
+from tests.jobs.test_faults import claim_by_hand
 from tests.jobs.world import GOOD_LINES, PATIENCE_S, PROJECT, World
+from training.progress import Sample
 
 
 def test_a_queued_job_becomes_a_callable_model(world: World) -> None:
@@ -39,6 +42,15 @@ def test_every_step_is_an_event_with_openai_data(world: World) -> None:
     evaluated = next(event for event in metrics if event.message.startswith("Step 2/4: validation loss="))
     assert evaluated.data is not None
     assert {"step", "total_steps", "train_loss", "valid_loss", "full_valid_loss"} <= evaluated.data.keys()
+
+
+def test_a_sample_is_an_event_whatever_the_model_said(world: World) -> None:
+    run = claim_by_hand(world, job := world.queue())
+    said = Sample(seq=0, at=1.0, step=3, prompt="Hi?", text="a\0b")
+    RunRecorder(world.db, world.storage, run.id, run.epoch).report([said, said])
+    (event,) = [event for event in world.events(job) if event.data is not None]
+    assert (event.type, event.message) == ("message", "Sample at step 3: Hi? → a\ufffdb")
+    assert event.data == {"step": 3, "prompt": "Hi?", "text": "a\ufffdb"}, "PostgreSQL has no NUL"
 
 
 def test_checkpoints_are_callable_models(world: World) -> None:

@@ -26,7 +26,7 @@ CAPABILITIES = ["chat", "completions"]
 
 def new_world(home: Path, **settings: object) -> tuple[Settings, Database, Storage, str]:
     """A migrated database and an empty storage; the last item is the instance id."""
-    made = Settings(home=home, engine="echo", **settings)  # type: ignore[arg-type]
+    made = Settings(**{"home": home, "engine": "echo", **settings})  # type: ignore[arg-type]
     db = Database(made.resolved_database_url)
     migrate.upgrade(db)
     with db.write() as tx:

@@ -87,6 +87,33 @@ def test_migrating_twice_changes_nothing_and_keeps_the_instance(db: Database) ->
         assert instance.get_or_create(tx) == first
 
 
+def test_a_database_of_the_first_schema_with_jobs_and_runs_is_upgraded(db_url: str) -> None:
+    database = Database(db_url)
+    migrate.upgrade(database, "0001")
+    with database.engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, created_at, project_id, kind, method, priority, state, desired, state_version, "
+                "base_id, training_file_id, request, request_hash, spec, result_file_ids) VALUES ('ftjob-old', 1, 'p', "
+                "'fine_tuning', 'supervised', 0, 'queued', 'run', 0, 'base', 'file-1', '{}', 'hash', '{}', '[]')"
+            )
+        )
+        connection.execute(
+            text(
+                "INSERT INTO runs (id, created_at, job_id, attempt, epoch, state, heartbeat_at) "
+                "VALUES ('run-1', 1, 'ftjob-old', 1, 1, 'ended', 1)"
+            )
+        )
+    migrate.upgrade(database)
+    migrate.check(database)
+    with database.write() as tx:
+        old, new = jobs.by_id(tx, "ftjob-old"), add_job(tx)
+        assert (old.sweep, old.trial, old.trial_number) == (None, None, None)
+        assert new.seq > old.seq
+        assert runs.get(tx, "run-1").job_id == old.id
+    database.close()
+
+
 def test_a_newer_database_is_refused(db: Database) -> None:
     with db.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -221,6 +248,22 @@ def test_metadata_filters_find_only_matching_jobs(db: Database) -> None:
         assert [row.id for row in rows] == [red.id]
         rows, _ = page(tx, Job, Page(), *jobs.in_project(DEFAULT_PROJECT), jobs.without_metadata())
         assert [row.id for row in rows] == [plain.id]
+
+
+def test_metadata_is_found_by_names_in_any_script(db: Database) -> None:
+    with db.write() as tx:
+        job = add_job(tx, user_metadata={"größe": "groß 🦙", "a.b c": "1"})
+        add_job(tx, user_metadata={"größe": "klein"})
+        for name, value in {"größe": "groß 🦙", "a.b c": "1"}.items():
+            rows, _ = page(tx, Job, Page(), *jobs.in_project(DEFAULT_PROJECT, {name: value}))
+            assert [row.id for row in rows] == [job.id]
+
+
+def test_half_a_surrogate_pair_in_a_report_is_stored_as_it_came(db: Database) -> None:
+    with db.write() as tx:
+        job = add_job(tx, error={"message": "line 1: 'ö\ud800'"})
+    with db.read() as tx:
+        assert jobs.by_id(tx, job.id).error == {"message": "line 1: 'ö\ud800'"}
 
 
 def test_a_taken_over_lease_fences_its_former_holder(db: Database) -> None:

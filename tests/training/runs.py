@@ -64,7 +64,7 @@ def make_base(storage: Storage, model: dict[str, Any] = LLAMA, dtype: torch.dtyp
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    write_model(folder, {**model, "vocab_size": len(SPECIALS) + len(alphabet)}, dtype)
+    write_model(folder, {"vocab_size": len(SPECIALS) + len(alphabet), **model}, dtype)
     names = [file.name for file in folder.iterdir()]
     fingerprint = Fingerprint(chat_template="-", tokenizer="-", special_tokens="-", dtype="float32", adapter="none")
     manifest = Manifest(

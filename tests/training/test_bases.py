@@ -1,15 +1,18 @@
-"""Importing bases: only whole, safe, causal models get in, and what is in storage is proved by its manifest."""
+"""Importing bases: only whole, safe models that a method can start from get in, and their manifest proves them."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.training.labelled import BERT, write_encoder
 from training.artifact import BrokenFolder, read_manifest, verify
 from training.bases import BaseError, import_base
+from training.model_shape import ModelShape
 from training.storage import Storage
 
 MODELS = Path(__file__).resolve().parents[2].parent / "shared" / "models"
@@ -58,6 +61,43 @@ def test_real_models_are_imported_and_proved(
     assert base.storage_key == f"bases/{base.content_hash}"
     assert set(storage.list_names(base.storage_key)) == {*manifest.files, "manifest.json"}
     assert not {"SOURCE.txt", "LICENSE"} & set(manifest.files)
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_an_encoder_is_imported_and_embeds_as_it_is(storage: Storage, tmp_path: Path, architecture: str) -> None:
+    folder = write_encoder(tmp_path / "encoder")
+    change_json(folder / "config.json", architectures=[architecture])
+    base = add(storage, folder)
+    assert (base.architecture, base.max_context, base.capabilities) == (architecture, 64, ("embed",))
+    assert ModelShape(Path(storage.path(base.storage_key))).methods() == ("classification", "embedding")
+    verify(storage, base.storage_key, base.manifest_hash)
+
+
+def test_positions_that_padding_takes_are_no_context(storage: Storage, tmp_path: Path) -> None:
+    changes = {"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1}
+    folder = write_encoder(tmp_path / "encoder", {**BERT, **changes})
+    change_json(folder / "tokenizer_config.json", model_max_length=10**30)
+    assert add(storage, folder).max_context == 64
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("BertForQuestionAnswering", {}), ("BertLMHeadModel", {}), ("BertModel", {"is_decoder": True})],
+)
+def test_encoders_with_other_heads_and_decoders_are_refused(
+    storage: Storage, tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    folder = write_encoder(tmp_path / "encoder")
+    change_json(folder / "config.json", architectures=[architecture], **changes)
+    with pytest.raises(BaseError, match=rf"config\.json names {architecture} of the type bert; bases can be"):
+        add(storage, folder)
+
+
+def test_pickled_weights_of_an_encoder_are_refused_by_name(storage: Storage, tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "encoder")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BaseError, match=r"pytorch_model\.bin: convert to safetensors"):
+        add(storage, folder)
 
 
 def test_the_same_content_twice_changes_nothing(storage: Storage, model: Path) -> None:

@@ -91,6 +91,22 @@ def plain_loss(policy: PreTrainedModel, start: PreTrainedModel, row: dict[str, A
     return -better / n_better - beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))
 
 
+@torch.no_grad()
+def plain_rewards(
+    policy: PreTrainedModel, start: PreTrainedModel, row: dict[str, Any], settings: DpoSpec
+) -> list[float]:
+    """Of the better and the worse answer: beta * log(p / p_ref), or without a reference beta * log p per token."""
+    assert isinstance(settings.beta, float)
+    rewards, cut = [], row["lengths"][0]
+    for part in (slice(0, cut), slice(cut, None)):
+        side = (row["input_ids"][part], row["trained"][part])
+        log_prob, num_tokens = plain_log_prob(policy, *side)
+        has_reference = settings.loss_type in ("sigmoid", "ipo")
+        score = log_prob - plain_log_prob(start, *side)[0] if has_reference else log_prob / num_tokens
+        rewards.append(settings.beta * score.item())
+    return rewards
+
+
 def plain_copy(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A second model of transformers' own code, with the adapter of `model` merged into its weights."""
     copy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -139,6 +155,9 @@ def test_loss_and_gradients_are_those_of_two_plain_models(
     expected = torch.stack([plain_loss(policy, start, row, spec.dpo) for row in plain_rows]).sum()
     expected.backward()
     assert found.num_counted == 12
+    assert found.others is not None
+    rewards = torch.tensor([plain_rewards(policy, start, row, spec.dpo) for row in plain_rows]).sum(dim=0)
+    torch.testing.assert_close(found.others, torch.stack([*rewards, rewards[0] - rewards[1]]), rtol=1e-4, atol=1e-4)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
     check_gradients(model, policy)
 
@@ -196,16 +215,21 @@ def test_it_learns_to_prefer(
     assert steps[-1].train_loss < steps[0].train_loss * 0.7
     assert steps[-1].train_mean_token_accuracy == 1.0, "of pairs"
     assert last.valid_mean_token_accuracy == 1.0, "the margin holds on pairs that were not seen"
+    for means in (steps[-1].means, last.means):
+        assert means["reward_margin"] == pytest.approx(means["reward_chosen"] - means["reward_rejected"], rel=1e-4)
+    assert last.means["reward_margin"] > max(0, steps[0].means["reward_margin"])
 
 
 def test_workers_add_up_to_one(storage: Storage, tmp_path: Path) -> None:
     spec = make_dpo_spec(storage, make_base(storage), validation_key=write_preferences(storage, "files/valid", 7))
     model, examples = prepared(spec, storage, tmp_path)
     loss_sums = partial(dpo.loss_sums, spec)
-    whole = evaluate(model, loss_sums, examples, ALONE, 5)
+    whole = evaluate(model, loss_sums, examples, ALONE, 5, dpo.MEANS)
     shares = [dpo.loss_sums(spec, model.eval(), collate(examples[list(range(rank, 12, 5))])) for rank in range(5)]
     assert sum(share.num_counted for share in shares) == 12
     assert sum(share.loss.item() for share in shares) / 12 == pytest.approx(whole.loss, rel=1e-5)
+    rewards = torch.stack([share.others for share in shares if share.others is not None]).sum(dim=0) / 12
+    assert list(whole.means.values()) == pytest.approx(rewards.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

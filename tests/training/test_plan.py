@@ -12,7 +12,7 @@ import pytest
 from training import auto
 from training.bases import import_base
 from training.plan import PlanError, load_examples, plan
-from training.spec import BaseRef, EarlyStopping, Hyperparameters, LoraSpec, TrainSpec
+from training.spec import BaseRef, ClassificationSpec, EarlyStopping, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -176,6 +176,13 @@ def test_too_long_examples_are_refused_not_cut(make: Maker) -> None:
 def test_impossible_settings_are_refused_by_field(make: Maker, fields: dict[str, Any], param: str) -> None:
     error = refused(make, make.spec(texts(12), **fields))
     assert (error.code, error.param) == ("invalid_value", param)
+
+
+def test_a_classifier_is_asked_for_no_samples(make: Maker) -> None:
+    rows = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(12)]
+    settings = {"method": "classification", "classification": ClassificationSpec(), "sample_prompts": ("Who?",)}
+    error = refused(make, make.spec(rows, **settings))
+    assert (error.code, error.param) == ("invalid_value", "sample_prompts")
 
 
 def test_unknown_targets_are_told_the_known_ones(make: Maker) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from tests.training import test_embedding
+from tests.training.labelled import make_encoder, make_labelled_spec
 from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
 from tests.training.test_resume import cut_after
 from training.artifact import read_manifest
-from training.spec import EarlyStopping, TrainSpec
+from training.spec import EarlyStopping, LoraSpec, StartRef, TrainSpec
 from training.storage import Storage
 
 pytestmark = pytest.mark.torchrun
@@ -42,8 +44,8 @@ def train(storage: Storage, spec: TrainSpec, run: str) -> list[dict[str, Any]]:
     before = len(progress.read_text().splitlines()) if progress.exists() else 0
     subprocess.run(command(storage, spec, run), cwd=ROOT, check=True, capture_output=True, timeout=240)
     items = [json.loads(line) for line in progress.read_text().splitlines()[before:]]
-    drop = ("seq", "at", "tokens_per_s")
-    return [{k: v for k, v in item.items() if k not in drop} for item in items if item["kind"] in ("step", "eval")]
+    numbers = [{**item, **item["means"]} for item in items if item["kind"] in ("step", "eval")]
+    return [{k: v for k, v in item.items() if k not in ("seq", "at", "tokens_per_s", "means")} for item in numbers]
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -69,14 +71,56 @@ def test_several_workers_resume_to_the_bit_and_agree_with_one(storage: Storage, 
     assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
 
 
-def test_two_workers_share_pairs_and_the_reference_of_full_weights(storage: Storage) -> None:
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "dora-from-an-earlier-one"])
+def test_two_workers_share_pairs_the_reference_of_the_start_and_wait_for_samples(storage: Storage, lora: bool) -> None:
     base = make_base(storage)
-    fields = {"lora": False, "n_epochs": 2, "batch_size": 5, "validation_key": "files/pairs", "learning_rate": 1e-3}
+    fields: dict[str, Any] = {"lora": lora, "n_epochs": 2, "batch_size": 5, "learning_rate": 1e-3}
+    fields |= {"validation_key": "files/pairs", "eval_interval": 2, "sample_prompts": ("hi",)}
+    if lora:
+        fields["adapter"] = LoraSpec(rank=4, alpha=8.0, dora=True)
+        before = make_spec(storage, base, adapter=fields["adapter"])
+        train(storage, before, "runs/before")
+        manifest = read_manifest(storage, "runs/before/artifact")
+        assert manifest is not None
+        fields["start"] = StartRef(model_id="before", key="runs/before/artifact", manifest_hash=manifest.hash())
     alone = train(storage, make_dpo_spec(storage, base, **fields), "runs/alone")
     shared = train(storage, make_dpo_spec(storage, base, num_workers=2, **fields), "runs/two")
     for ours, theirs in zip(shared, alone, strict=True):
         assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert b'"kind":"sample"' in storage.read_bytes("runs/two/progress.jsonl")
+
+
+def test_two_workers_share_texts_and_report_on_all_of_them(storage: Storage) -> None:
+    base = make_encoder(storage)
+    fields = {"n_epochs": 2, "batch_size": 5, "validation_key": "files/labelled", "learning_rate": 1e-3}
+    alone = train(storage, make_labelled_spec(storage, base, **fields), "runs/alone")
+    shared = train(storage, make_labelled_spec(storage, base, num_workers=2, **fields), "runs/two")
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    reports = [json.loads(storage.read_bytes(f"runs/{run}/artifact/evaluation.json")) for run in ("two", "alone")]
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    assert reports[0]["temperature"] == pytest.approx(reports[1]["temperature"], rel=1e-3)
+
+
+def test_two_workers_with_pools_of_their_own_resume_to_the_bit(storage: Storage, tmp_path: Path) -> None:
+    base = test_embedding.make_encoder(storage, tmp_path)
+    fields = {
+        "num_workers": 2,
+        "batch_size": 8,
+        "n_epochs": 2,
+        "validation_key": "files/pairs",
+        "checkpoint_interval": 2,
+    }
+    spec = test_embedding.make_spec(storage, base, **fields)
+    whole = train(storage, spec, "runs/one")
+    last = "runs/one/checkpoints/step-000004"
+    expected = storage.read_bytes(f"{last}/optimizer.safetensors")
+    for key in ("runs/one/artifact", last):
+        storage.delete(key)
+    assert train(storage, spec, "runs/one") == whole[-3:]
+    assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
 
 
 def agree(items: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:

@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from training.parallel import Workers
     from training.spec import DpoSpec, TrainSpec
 
+MEANS: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin")
 _SURE = -1e-6  # log-probability per token above which the odds of an answer are not told apart in fp32
 
 
 def prepare(
     spec: TrainSpec, model: PreTrainedModel, examples: Examples, workers: Workers, micro_batch_size: int
 ) -> Examples:
-    """Without an adapter the start weights are gone after the first step, so their log-probabilities are kept with the
-    examples. With one, they are still in the model, and `loss_sums` asks them."""
-    if spec.adapter is not None or not _needs_reference(_settings(spec)):
+    """The start weights are gone after the first step, so their log-probabilities are kept with the examples. Only
+    those of a fresh adapter stay: they are the base's, and `loss_sums` asks them."""
+    if _starts_as_the_base(spec) or not _needs_reference(_settings(spec)):
         return examples
     table = torch.zeros(2 * len(examples) + 1, device=workers.device)  # the last one counts workers out of memory
     pairs = table[:-1].view(-1, 2)
@@ -47,7 +48,7 @@ def prepare(
             if indices:
                 pairs[indices] = found
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if spec.parallel == "fsdp" or not is_out_of_memory(error):  # see `training.fsdp`
             raise
         table[-1] += 1
     workers.sum_(table)
@@ -72,18 +73,26 @@ def loss_sums(spec: TrainSpec, model: PreTrainedModel, batch: MicroBatch) -> Los
     """Counted are pairs; right is one whose better answer has the larger reward."""
     settings = _settings(spec)
     scores = _log_probs(model, batch)
-    if _needs_reference(settings):
-        scores = scores - (_reference(model, batch) if batch.reference is None else batch.reference)
-    else:
+    if not _needs_reference(settings):
         scores = scores / torch.tensor([batch.num_targets[place] for place in batch.places], device=scores.device)
+    elif batch.reference is not None:
+        scores = scores - batch.reference
+    else:
+        with adapter_off(model):
+            scores = scores - _reference(model, batch)
     better, worse = scores.view(-1, 2).unbind(dim=1)
     loss = _LOSSES[settings.loss_type](settings, better, worse).sum()
-    return LossSums(loss, (better > worse).sum(), len(better))
+    rewards = _beta(settings) * torch.stack([better, worse, better - worse]).detach().sum(dim=1)
+    return LossSums(loss, (better > worse).sum(), len(better), rewards)
 
 
 def _settings(spec: TrainSpec) -> DpoSpec:
     assert spec.dpo is not None
     return spec.dpo
+
+
+def _starts_as_the_base(spec: TrainSpec) -> bool:
+    return spec.adapter is not None and spec.start is None
 
 
 def _needs_reference(settings: DpoSpec) -> bool:
@@ -99,12 +108,11 @@ def _log_probs(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 
 @torch.no_grad()
 def _reference(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
-    """The same under the start weights: without adapter, and without dropout."""
+    """The same as constants, and without dropout."""
     was_training = model.training
     model.eval()
     try:
-        with adapter_off(model):
-            return _log_probs(model, batch)
+        return _log_probs(model, batch)
     finally:
         model.train(was_training)
 

@@ -1,4 +1,4 @@
-"""What a method is: a module with these two functions. Examples come to all of them from `training.examples`."""
+"""What a method is: a module with what `Method` lists. Examples come to all of them from `training.examples`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class LossSums(NamedTuple):
 
     loss: torch.Tensor  # to differentiate
     num_correct: torch.Tensor  # right ones among what is counted
-    num_counted: int  # trained tokens, or pairs of answers
+    num_counted: int  # trained tokens, pairs of answers, texts, or anchors
+    others: torch.Tensor | None = None  # [len(MEANS)], in their order
+    logits: torch.Tensor | None = None  # [examples, labels] where a report is made of them
 
 
 LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
@@ -28,6 +30,8 @@ LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
 
 class Method(Protocol):
     """A module of this package."""
+
+    MEANS: tuple[str, ...]  # what it reports beside loss and accuracy, each a mean over what is counted
 
     def prepare(
         self, spec: TrainSpec, model: PreTrainedModel, examples: Examples, workers: Workers, micro_batch_size: int

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from training.spec import TrainSpec
 
 
+MEANS: tuple[str, ...] = ()
+
+
 def prepare(
     spec: TrainSpec, model: PreTrainedModel, examples: Examples, workers: Workers, micro_batch_size: int
 ) -> Examples:

@@ -1,7 +1,7 @@
 """LoRA adapters of one base model: the layers that apply them, and which of them are resident.
 
 A batch may mix adapters and ranks: its rows are sorted by adapter, and each linear layer adds every adapter's product
-to that adapter's slice of rows. A batch without adapters pays one `if` per layer.
+to that adapter's slice of rows, which DoRA then scales. A batch without adapters pays one `if` per layer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from service.engine.protocol import AdapterMismatch, AdapterRef
 
 _PREFIX = "base_model.model."
+_TINY = 1e-15  # length below which a row of weights counts as zeros
 _UNSUPPORTED = (
-    "use_dora",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
@@ -32,12 +32,20 @@ _UNSUPPORTED = (
 )
 
 
+class Factors(NamedTuple):
+    """What an adapter does to one layer: y + x down up, and with DoRA that times `gain` (but for the layer's bias)."""
+
+    down: torch.Tensor  # A^T [in, rank]
+    up: torch.Tensor  # B^T [rank, out], the scale inside
+    gain: torch.Tensor | None = None  # fp32 [out]: magnitude / length of the row of W + scale * B A
+
+
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter's weights on the device: module name to A^T [in, rank] and B^T [rank, out], the scale inside B."""
+    """An adapter's weights on the device, by module name."""
 
     id: str
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    factors: dict[str, Factors]
 
 
 @dataclass
@@ -59,13 +67,21 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = (rows, columns) if self._transposed else (columns, rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.T if self._transposed else self.weight
-        y = F.linear(x, weight, self.bias)
+        y = F.linear(x, self.rows(), self.bias)
         if self._active.groups:
             for rows, adapter in self._active.groups:
-                if (pair := adapter.pairs.get(self._name)) is not None:
-                    y[rows] += (x[rows] @ pair[0]) @ pair[1]
+                if (factors := adapter.factors.get(self._name)) is not None:
+                    y[rows] += (x[rows] @ factors.down) @ factors.up
+                    if factors.gain is not None:
+                        y[rows] = self._scaled(y[rows], factors.gain)
         return y
+
+    def _scaled(self, y: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return y * gain if self.bias is None else (y - self.bias) * gain + self.bias
+
+    def rows(self) -> torch.Tensor:
+        """The weight as [out, in]."""
+        return self.weight.T if self._transposed else self.weight
 
 
 def attach(model: nn.Module, active: ActiveAdapters) -> dict[str, LoraLinear]:
@@ -92,30 +108,39 @@ def load_adapter(ref: AdapterRef, layers: dict[str, LoraLinear]) -> LoadedAdapte
         raise AdapterMismatch(f"adapter {ref.id} uses {', '.join(asked)}, which this engine does not run")
     if config.get("bias", "none") != "none":
         raise AdapterMismatch(f"adapter {ref.id} trains biases, which this engine does not run")
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    factors: dict[str, Factors] = {}
     for name in sorted({_module_name(ref, key) for key in weights}):
         a, b = (weights.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
+        magnitude = weights.get(f"{_PREFIX}{name}.lora_magnitude_vector")
         if (layer := layers.get(name)) is None:
             raise AdapterMismatch(f"adapter {ref.id} targets {name}, which is no linear layer of this base model")
         if a is None or b is None:
             raise AdapterMismatch(f"adapter {ref.id} has only one of lora_A and lora_B for {name}")
-        pairs[name] = _pair(ref, name, layer, a, b, config)
-    if not pairs:
+        if (magnitude is not None) != bool(config.get("use_dora")):
+            raise AdapterMismatch(f"adapter {ref.id}: use_dora and lora_magnitude_vector do not agree for {name}")
+        factors[name] = _factors(ref, name, layer, a, b, magnitude, config)
+    if not factors:
         raise AdapterMismatch(f"adapter {ref.id} holds no weights")
-    return LoadedAdapter(ref.id, pairs)
+    return LoadedAdapter(ref.id, factors)
 
 
 def _module_name(ref: AdapterRef, key: str) -> str:
-    match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_[AB]\.weight", key)
+    match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)", key)
     if match is None:
         raise AdapterMismatch(f"adapter {ref.id} holds {key}, which is no LoRA weight of a linear layer")
     return match[1]
 
 
-def _pair(
-    ref: AdapterRef, name: str, layer: LoraLinear, a: torch.Tensor, b: torch.Tensor, config: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two factors of one layer, checked against it, in its dtype and on its device."""
+def _factors(
+    ref: AdapterRef,
+    name: str,
+    layer: LoraLinear,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    config: dict[str, Any],
+) -> Factors:
+    """The factors of one layer, checked against it, in its dtype and on its device."""
     rank = a.shape[0]
     wanted = ((rank, layer.in_features), (layer.out_features, rank))
     if (tuple(a.shape), tuple(b.shape)) != wanted:
@@ -123,10 +148,24 @@ def _pair(
             f"adapter {ref.id} has factors of shape {tuple(a.shape)} and {tuple(b.shape)} for {name}; "
             f"this base model needs {wanted[0]} and {wanted[1]}"
         )
+    if magnitude is not None and tuple(magnitude.shape) != (layer.out_features,):
+        raise AdapterMismatch(
+            f"adapter {ref.id} has magnitudes of shape {tuple(magnitude.shape)} for {name}; "
+            f"this base model needs ({layer.out_features},)"
+        )
     alpha = _by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     like = layer.weight
-    return a.T.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous()
+    gain = None if magnitude is None else _gain(layer, a, b, scale, magnitude)
+    return Factors(a.T.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous(), gain)
+
+
+@torch.no_grad()
+def _gain(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor) -> torch.Tensor:
+    """DoRA (Liu et al. 2024): each row of W + scale * B A is brought to its magnitude. The sum is made once, here."""
+    weight = layer.rows().float()
+    rows = weight + scale * (b.to(weight) @ a.to(weight))
+    return magnitude.to(weight) / torch.linalg.vector_norm(rows, dim=1).clamp_min(_TINY)
 
 
 def _by_pattern(name: str, pattern: dict[str, float] | None, default: float) -> float:

@@ -1,7 +1,7 @@
-"""The peer of the training benchmark: one run of TRL's SFTTrainer, in the environment that `make peers` builds.
+"""The peer of the training benchmarks: one run of TRL's SFTTrainer, in the environment that `make peers` builds.
 
 `python trl_sft.py SETTINGS`, with SETTINGS a JSON object of the fields of `Settings`; the last line printed is a JSON
-object with the time after each optimizer step and the tokens with loss that each step was trained on.
+object with the time after each optimizer step and the tokens that each step was trained on: those with a loss, and all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
@@ -35,15 +37,20 @@ class Settings:
     max_length: int
     learning_rate: float
     max_steps: int  # -1: one epoch
+    use_cpu: bool
+    model_options: dict[str, Any]  # of from_pretrained
 
 
 class CountingTrainer(SFTTrainer):
-    """Counts the labels that the loss is taken over, micro-batch by micro-batch."""
+    """Counts the labels that the loss is taken over, and all tokens but padding, micro-batch by micro-batch."""
 
     num_tokens = 0
+    num_all_tokens = 0
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.num_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        mask = inputs.get("attention_mask")  # rows that are flattened into one have none, and no padding
+        self.num_all_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -53,11 +60,16 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.at: list[float] = []
         self.num_tokens: list[int] = []
+        self.num_all_tokens: list[int] = []
 
     def on_step_end(self, args, state, control, **kwargs):
+        if not args.use_cpu:
+            torch.cuda.synchronize()
         self.at.append(time.time())
         total, self.trainer.num_tokens = self.trainer.num_tokens, 0
         self.num_tokens.append(total)
+        total, self.trainer.num_all_tokens = self.trainer.num_all_tokens, 0
+        self.num_all_tokens.append(total)
 
 
 def config(settings: Settings) -> SFTConfig:
@@ -78,7 +90,8 @@ def config(settings: Settings) -> SFTConfig:
         max_steps=settings.max_steps,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=settings.use_cpu,
+        model_init_kwargs=settings.model_options,
         disable_tqdm=True,
     )
 
@@ -101,7 +114,7 @@ def main() -> None:
     )
     clock.trainer.train()
     clock.trainer.save_model(settings.output)
-    print(json.dumps({"at": clock.at, "num_tokens": clock.num_tokens}))
+    print(json.dumps({"at": clock.at, "num_tokens": clock.num_tokens, "num_all_tokens": clock.num_all_tokens}))
 
 
 if __name__ == "__main__":
