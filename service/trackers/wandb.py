@@ -71,7 +71,12 @@ class WandbTracker:
         if not JobState(job.state).is_terminal:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if job.state == JobState.SUCCEEDED else 1)
-        if not self._settings.wandb_offline:
+        if self._settings.wandb_offline:
+            import wandb
+
+            # `finish` leaves the last records to a helper process, which dies with this one: wait until it is done.
+            wandb.teardown()
+        else:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _tags(self, job: Job) -> list[str]:
