@@ -5,6 +5,7 @@ Settings are frozen and passed down; actors receive them by value, so a process 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +89,11 @@ class Settings(BaseSettings):
     def resolved_database_url(self) -> str:
         """The database URL with the default filled in."""
         return self.database_url or f"sqlite:///{self.home_dir / 'tunesmith.db'}"
+
+    @property
+    def resolved_engine_num_threads(self) -> int:
+        """Threads of an engine replica with the default filled in."""
+        return self.engine_num_threads or max(1, (os.cpu_count() or 1) // 2)
 
     @property
     def resolved_storage_url(self) -> str:

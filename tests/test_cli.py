@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,11 +15,8 @@ from openai import OpenAI
 from typer.testing import CliRunner
 
 from service.cli import app
-from service.jobs.launchers import InProcessLauncher
 from service.jobs.rehearsal import Rehearsal
-from service.jobs.task_runners import InProcessTaskRunner
-from tests.api.live import ECHO, live_service, sync_client
-from tests.jobs.world import make_orchestrator
+from tests.api.live import ECHO, live_service, sync_client, ticking
 from training.starter import build_starter
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -34,24 +30,11 @@ Tunesmith = Callable[..., Result]
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """base_url and admin key; an orchestrator ticks beside it and its runs are rehearsals."""
-    stop = threading.Event()
-    with live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret):
-        settings, db, storage = platform.settings, platform.db, platform.storage
-        launcher = InProcessLauncher(settings, db, storage, Rehearsal(storage), 1)
-        runner = InProcessTaskRunner(settings, db, storage)
-        orchestrator = make_orchestrator(settings, db, launcher, runner)
-
-        def tick() -> None:
-            while not stop.wait(0.02):
-                orchestrator.tick()
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
+    with (
+        live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret),
+        ticking(platform, Rehearsal(platform.storage)),
+    ):
         yield url, secret
-        stop.set()
-        thread.join(PATIENCE_S)
-        launcher.join(PATIENCE_S)
-        runner.join(PATIENCE_S)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def checkpoint_interval(total_steps: int) -> int:
 
 
 def method_settings(spec: TrainSpec) -> dict[str, Any]:
-    """The settings of the spec's method, by its name, with numbers in place of every"""
+    """The settings of the spec's method, by its name, with numbers in place of every "auto"."""
     if (dpo := spec.dpo) is not None:
         found = {
             "beta": unless_given(dpo.beta, beta(dpo.loss_type)),

@@ -13,22 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import relu
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.failure import Failure
-from training.model_shape import COUNT_FROM_PADDING, read_json
-from training.packed_row import packed_row
+from training.model_shape import COUNT_FROM_PADDING
+from training.pretrained import load_pretrained
 from training.render import Renderer
+from training.rows import packed_row, padded_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from training.batches import MicroBatch
-
-_SHORTEST_SHARE = 0.7  # of the longest text in a padded group, so that at most 3 of 10 positions are padding
 
 
 def load_classifier(
@@ -36,29 +34,14 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base with a new head for `labels`, and the names of the modules that are new. The same seed gives the same
     new weights everywhere. Failure if the base lacks weights of its own."""
-    config = read_json(folder / "config.json")
-    packed = is_packed(config)
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
-    try:
-        with _no_load_report():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **label_config(labels),
-                **({"attn_implementation": PACKED} if packed else {}),
-            )
-    except (ValueError, KeyError) as error:  # an architecture that this transformers does not know, or a broken config
-        raise Failure("invalid_base_model", f"The base model cannot be loaded: {error}", "model") from error
+    auto, named = AutoModelForSequenceClassification, label_config(labels)
+    with _no_load_report():
+        model, missing = load_pretrained(auto, folder, dtype, device, packed_types=PACKED_TYPES, **named)
     model.config.use_cache = False
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(folder)
-    torch.nn.Module.to(model, device)
-    return model.train(), _new_heads(model, set(info["missing_keys"]))
+    return model, _new_heads(model, missing)
 
 
 @contextmanager
@@ -79,12 +62,6 @@ def label_config(labels: tuple[str, ...]) -> dict[str, Any]:
         "label2id": {label: number for number, label in enumerate(labels)},
         "problem_type": "single_label_classification",
     }
-
-
-def is_packed(config: dict[str, Any]) -> bool:
-    if config.get("use_bidirectional_attention"):
-        return False
-    return config.get("model_type") in PACKED_MODEL_TYPES or config.get("model_type") in _HEADS
 
 
 def _padding(folder: Path) -> int | None:
@@ -143,27 +120,15 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 
 def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Texts of similar lengths together, padded on the right."""
-    texts, logits = batch.input_ids.split(batch.lengths), []
-    for first, end in groups(batch.lengths):
-        input_ids = pad_sequence(list(texts[first:end]), batch_first=True, padding_value=model.config.pad_token_id or 0)
-        lengths = torch.tensor(batch.lengths[first:end], device=input_ids.device)
-        mask = (torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]).long()
+    logits = []
+    for rows in padded_rows(batch, model.config.pad_token_id or 0):
         if _is_causal(model):
-            hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logits.append(_score(model)(hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]))
+            found = model.base_model(input_ids=rows.input_ids, attention_mask=rows.mask, use_cache=False)
+            last = [states[length - 1] for states, length in zip(found.last_hidden_state, rows.lengths, strict=True)]
+            logits.append(_score(model)(torch.stack(last)))
         else:
-            logits.append(model(input_ids=input_ids, attention_mask=mask).logits)
+            logits.append(model(input_ids=rows.input_ids, attention_mask=rows.mask).logits)
     return torch.cat(logits)
-
-
-def groups(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Borders of groups of neighbours, which come longest first."""
-    first = 0
-    for place, length in enumerate(lengths):
-        if length < _SHORTEST_SHARE * lengths[first]:
-            yield first, place
-            first = place
-    yield first, len(lengths)
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
@@ -200,3 +165,4 @@ _HEADS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "camembert": _roberta_head,
     "electra": _roberta_head,
 }
+PACKED_TYPES = PACKED_MODEL_TYPES.union(_HEADS)

@@ -161,8 +161,16 @@ def _activation_bytes(spec: TrainSpec, shape: ModelShape) -> int:
     kept = KEPT_WIDTHS * hidden + 2 * shape.kv_size + KEPT_MLP_WIDTHS * shape.mlp_size
     if spec.adapter is None:
         kept += KEPT_NORM_WIDTHS * hidden
-    low_rank = len(shape.adapted(spec.adapter.targets)) * cast(int, spec.adapter.rank) if spec.adapter else 0
-    return shape.num_layers * (kept * width + 4 * FP32_WIDTHS * hidden) + low_rank * width
+    return shape.num_layers * (kept * width + 4 * FP32_WIDTHS * hidden) + _adapter_outputs(spec, shape) * width
+
+
+def _adapter_outputs(spec: TrainSpec, shape: ModelShape) -> int:
+    """Numbers per token that an adapter keeps: its products with A, and with DoRA each adapted layer's output again."""
+    if spec.adapter is None:
+        return 0
+    adapted = shape.adapted(spec.adapter.targets).values()
+    outputs = sum(max(dims) for dims in adapted) if spec.adapter.dora else 0
+    return len(adapted) * cast(int, spec.adapter.rank) + outputs
 
 
 def _largest_micro_batch(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> tuple[int, int]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from training.batches import Examples, collate
 from training.classification_metrics import report
-from training.failure import check_flag, is_out_of_memory
+from training.failure import check_flag
+from training.fsdp import can_be_told
 from training.methods.interface import LossSumsOf
 from training.parallel import Workers
 
@@ -43,13 +43,10 @@ def evaluate(
     the method's own numbers, if they are wanted; a classifier's labels are given for the report."""
     sums = torch.zeros(4 + len(means), device=workers.device)  # loss, correct, count, workers out of memory, means
     logits = torch.zeros(len(examples), len(labels), device=workers.device)
-    mine = range(workers.rank, len(examples), workers.size)
     model.eval()
     try:
         with torch.inference_mode():
-            # As many passes as the first worker, which has the most: sharded weights need all workers in each.
-            for start in range(0, len(range(0, len(examples), workers.size)), micro_batch_size):
-                indices = list(mine[start : start + micro_batch_size])
+            for indices in workers.passes(len(examples), micro_batch_size):
                 found = loss_sums(model, collate(examples[indices or [0]]).to(workers.device))
                 if not indices:
                     continue
@@ -62,7 +59,7 @@ def evaluate(
                 if found.logits is not None:
                     logits[indices] = found.logits.to(logits)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(model, FSDPModule) or not is_out_of_memory(error):  # see `training.fsdp`
+        if not can_be_told(error, model):
             raise
         sums[3] += 1
     finally:

@@ -53,17 +53,14 @@ class Exporter:
         """Write weights and text files into an empty local folder."""
         if self.spec.adapter is not None:
             save_adapter(self.model, self.spec.adapter, self.spec.base.id, folder)
-            for name in (*TOKENIZER_FILES, "config.json"):  # all that a Renderer reads: serving renders as training did
-                if (self.base_folder / name).exists():
-                    shutil.copy(self.base_folder / name, folder / name)
-            self._write_labels(folder)
-            self._write_pooling(folder)
-            return
-        self.model.save_pretrained(folder, state_dict=self._full_weights())
-        for file in self.base_folder.iterdir():  # configuration, tokenizer and licences exactly as the base has them
-            is_weights = ".safetensors" in file.name or file.name == MANIFEST
-            if file.is_file() and not is_weights:
-                shutil.copy(file, folder / file.name)
+            names = [*TOKENIZER_FILES, "config.json"]  # all that a Renderer reads: serving renders as training did
+        else:
+            self.model.save_pretrained(folder, state_dict=self._full_weights())
+            # Configuration, tokenizer and licences exactly as the base has them.
+            names = [file.name for file in self.base_folder.iterdir() if ".safetensors" not in file.name]
+        for name in names:
+            if name != MANIFEST and (self.base_folder / name).is_file():
+                shutil.copy(self.base_folder / name, folder / name)
         self._write_labels(folder)
         self._write_pooling(folder)
 

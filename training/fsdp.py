@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from training.failure import is_out_of_memory
 from training.optim import MOMENTS, Trainer, adamw
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ def shard(model: nn.Module, workers: Workers, compute_dtype: torch.dtype | None)
         sharded.set_gradient_divide_factor(1.0)  # sums, as everywhere else: the loop divides by what was counted
         sharded.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
     return mesh
+
+
+def can_be_told(error: BaseException, model: nn.Module) -> bool:
+    """Whether an error is a lack of memory that this worker may tell the others of at their next sum. In the middle of
+    a pass over sharded weights they wait for it, so there it cannot."""
+    return is_out_of_memory(error) and not isinstance(model, FSDPModule)
 
 
 def with_idle_passes(mine: list[MicroBatch], spare: MicroBatch, workers: Workers) -> Iterator[tuple[MicroBatch, bool]]:

@@ -24,7 +24,7 @@ from training.classification_metrics import summary
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
-from training.failure import Failure, check_flag, is_out_of_memory, not_finite
+from training.failure import Failure, check_flag, not_finite
 from training.methods import classification, dpo, embedding, supervised
 from training.methods.interface import Method
 from training.model import stored_dtype
@@ -209,7 +209,7 @@ class _Run:
                 if found.others is not None:
                     sums[NUM_SUMS:] += found.others
         except (RuntimeError, MemoryError) as error:
-            if self.spec.parallel == "fsdp" or not is_out_of_memory(error):
+            if not fsdp.can_be_told(error, self.model):
                 raise
             sums[OUT_OF_MEMORY] += 1
         if self.workers.rank == 0:

@@ -3,7 +3,6 @@ a label head are in `training.classifier`, encoders without a head in `training.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,10 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from training.attention import PACKED, PACKED_MODEL_TYPES
-from training.failure import Failure
-from training.packed_row import num_until_known_shape, packed_row
+from training.pretrained import load_pretrained
+from training.rows import num_until_known_shape, packed_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,23 +25,9 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The base model in `dtype`, ready to train on packed rows where its architecture allows it."""
-    config = json.loads((folder / "config.json").read_text())
-    packed = config.get("model_type") in PACKED_MODEL_TYPES and not config.get("use_bidirectional_attention")
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **({"attn_implementation": PACKED} if packed else {}),
-        )
-    except (ValueError, KeyError) as error:  # an architecture that this transformers does not know, or a broken config
-        raise Failure("invalid_base_model", f"The base model cannot be loaded: {error}", "model") from error
+    model, _ = load_pretrained(AutoModelForCausalLM, folder, dtype, device, packed_types=PACKED_MODEL_TYPES)
     model.config.use_cache = False
-    torch.nn.Module.to(model, device)
-    return model.train()
+    return model
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

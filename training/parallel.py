@@ -6,7 +6,7 @@ Works alone, under torchrun (which this file joins), and under Ray Train (which 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,13 @@ class Workers:
         """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
         digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def passes(self, num_examples: int, size: int) -> Iterator[list[int]]:
+        """This worker's share of the examples, at most `size` at a time. There are as many passes as the first worker
+        has, whose share is the largest: sharded weights need all workers in each. Others may end with an empty one."""
+        mine = range(self.rank, num_examples, self.size)
+        for start in range(0, len(range(0, num_examples, self.size)), size):
+            yield list(mine[start : start + size])
 
     def leave(self) -> None:
         """Wait for the others and dissolve a group that torchrun started."""

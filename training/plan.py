@@ -22,7 +22,7 @@ from training.failure import Failure
 from training.labels import count_labels, problem_of, warnings_of, with_counts
 from training.model_shape import ModelShape, ShapeError
 from training.plan_checks import PlanError, check_batches, check_method, check_request
-from training.records import ChatRecord, RecordError, iter_records, sequences_of
+from training.records import ChatRecord, first_record, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.sample_prompts import PromptError, encode_prompts
 from training.spec import AUTO, Contract, Hyperparameters, TrainSpec
@@ -148,8 +148,8 @@ def _load(spec: TrainSpec, storage: Storage, scratch: Path) -> tuple[Dataset, Da
 def _first_record(spec: TrainSpec, storage: Storage) -> Any:
     """What the model would read first; None if the first line is no record."""
     with storage.open_read(spec.training_key) as file:
-        record = next((record for _, record in iter_records(file)), None)
-    return None if record is None or isinstance(record, RecordError) else sequences_of(record)[0]
+        record = first_record(file)
+    return None if record is None else sequences_of(record)[0]
 
 
 def _check_has_template(spec: TrainSpec, storage: Storage, renderer: Renderer) -> None:

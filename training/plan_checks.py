@@ -22,10 +22,12 @@ class PlanError(ValueError):
 
 
 def hyper_field(spec: TrainSpec) -> str:
+    """Where the hyperparameters stand in a request."""
     return f"method.{spec.method}.hyperparameters"
 
 
 def check_method(spec: TrainSpec, shape: ModelShape) -> None:
+    """PlanError if the base cannot learn by the method."""
     able = shape.methods()
     if spec.method not in able:
         can = f"it can be fine-tuned by {' or '.join(able)}" if able else "no method can start from it"
@@ -34,6 +36,7 @@ def check_method(spec: TrainSpec, shape: ModelShape) -> None:
 
 
 def check_request(spec: TrainSpec, shape: ModelShape) -> None:
+    """PlanError for settings that contradict each other or the base."""
     hyper = spec.hyperparameters
     if not is_known(shape.architecture):
         message = f"The base is a {shape.architecture}, which the installed transformers does not know."
@@ -87,6 +90,7 @@ def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
 
 
 def check_batches(spec: TrainSpec) -> None:
+    """PlanError if a resolved batch cannot be shared out as asked."""
     hyper = spec.hyperparameters
     assert hyper.batch_size != AUTO and hyper.gradient_accumulation_steps != AUTO
     per_worker = ceil(hyper.batch_size / spec.num_workers)

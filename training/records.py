@@ -41,6 +41,7 @@ __all__ = [
     "TextRecord",
     "ToolCall",
     "WholeText",
+    "first_record",
     "iter_records",
     "kind_of",
     "parse_line",
@@ -186,6 +187,12 @@ def iter_records(file: IO[bytes]) -> Iterator[tuple[int, Record | RecordError]]:
             yield number, error
         else:
             yield number, record
+
+
+def first_record(file: IO[bytes]) -> Record | None:
+    """The first line's record; None if there is none, or it is no record."""
+    found = next((record for _, record in iter_records(file)), None)
+    return None if isinstance(found, RecordError) else found
 
 
 def _form(record: Record) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training.records import RecordError, iter_records, kind_of
+from training.records import first_record, kind_of
 from training.render import Renderer, RenderError
 
 if TYPE_CHECKING:
@@ -39,5 +39,5 @@ def _encode(prompt: str, renderer: Renderer, is_chat: bool) -> list[int]:
 
 def _are_conversations(spec: TrainSpec, storage: Storage) -> bool:
     with storage.open_read(spec.training_key) as file:
-        first = next((record for _, record in iter_records(file)), None)
-    return first is not None and not isinstance(first, RecordError) and kind_of(first) in ("chat", "preference")
+        first = first_record(file)
+    return first is not None and kind_of(first) in ("chat", "preference")

@@ -18,7 +18,6 @@ from service.api.schemas import CreateJob
 from service.api.views import checkpoint_json, event_json, job_json
 from service.auth import Caller
 from service.errors import InvalidRequest, Unavailable
-from service.jobs.states import JobKind
 from service.platform import Platform
 from service.store import checkpoints, events, jobs
 from service.store.paging import Page, page
@@ -48,7 +47,7 @@ def create(
     attempt = Attempt(int(retry_count or 0) if is_number else 0, idempotency_key or "", request.state.received_at)
     with platform.db.write() as tx:
         job = create_job(tx, platform, who, body, attempt)
-        trials = jobs.trials(tx, [job.id])  # a retried create may come late
+        trials = jobs.trials(tx, job)  # a retried create may come late
     return job_json(job, platform.settings.organization, trials)
 
 
@@ -75,7 +74,7 @@ def list_jobs(
         if parent is not None:
             jobs.get(tx, who.project_id, parent)
         rows, has_more = page(tx, Job, Page(after, limit), *where)
-        trials = jobs.trials(tx, [job.id for job in rows if job.kind == JobKind.SWEEP])
+        trials = jobs.trials(tx, *rows)
     return list_page([job_json(job, platform.settings.organization, trials) for job in rows], has_more)
 
 
@@ -97,7 +96,7 @@ def retrieve(job_id: str, platform: PlatformDep, who: JobsDep) -> dict[str, Any]
     """One job."""
     with platform.db.read() as tx:
         job = jobs.get(tx, who.project_id, job_id)
-        trials = jobs.trials(tx, [job.id])
+        trials = jobs.trials(tx, job)
     return job_json(job, platform.settings.organization, trials)
 
 
@@ -125,7 +124,7 @@ def _wish(platform: Platform, who: Caller, job_id: str, wish: Callable[[Session,
         try:
             with platform.db.write() as tx:
                 job = wish(tx, who.project_id, job_id)
-                trials = jobs.trials(tx, [job.id])
+                trials = jobs.trials(tx, job)
         except jobs.StateConflict:
             continue
         return job_json(job, platform.settings.organization, trials)

@@ -34,8 +34,7 @@ def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
     A sweep needs its trials beside it; those of other sweeps are passed over. Once it is over, its hyperparameters are
     the best trial's.
     """
-    own = {name: value for name, value in (job.spec.get(job.method) or {}).items() if name not in FOUND_IN_THE_DATA}
-    chosen: Json = {**job.spec["hyperparameters"], **own}  # a method's own beside them
+    chosen = _hyperparameters(job.spec, job.method)
     succeeded = job.state == JobState.SUCCEEDED
     return {
         "id": job.id,
@@ -104,8 +103,8 @@ def _sweep_json(job: Job, trials: list[Job]) -> Json:
 def plan_json(plan: Json, seed: int | None) -> Json:
     """What a job would be. Without a seed of its own every create draws another one."""
     spec, method = plan["spec"], plan["spec"]["method"]
-    hyperparameters = {**spec["hyperparameters"], **(spec.get(method) or {})}
-    n_epochs = spec["hyperparameters"]["n_epochs"]
+    hyperparameters = _hyperparameters(spec, method)
+    n_epochs = hyperparameters["n_epochs"]
     return {
         "object": "fine_tuning.job.plan",
         "model": (spec["start"] or {}).get("model_id") or spec["base"]["id"],
@@ -131,6 +130,12 @@ def plan_json(plan: Json, seed: int | None) -> Json:
             **{name: spec[name] for name in RESOLVED_FIELDS},
         },
     }
+
+
+def _hyperparameters(spec: Json, method: str) -> Json:
+    """All that can be chosen, a method's own beside the others."""
+    own = {name: value for name, value in (spec.get(method) or {}).items() if name not in FOUND_IN_THE_DATA}
+    return {**spec["hyperparameters"], **own}
 
 
 def _integrations_json(job: Job) -> list[Json] | None:

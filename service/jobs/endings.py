@@ -102,7 +102,7 @@ def _num_fruitless(tx: Session, run: Run) -> int:
     """Crashes since the furthest checkpoint was written: a long job may lose many workers as long as it gets on.
 
     A sweep gets on with each trial that is over."""
-    trials = jobs.trials(tx, [run.job_id])
+    trials = jobs.trials(tx, jobs.by_id(tx, run.job_id))
     if trials:
         return runs.num_lost(tx, run.job_id, since=max(trial.finished_at or 0.0 for trial in trials))
     checkpoint = checkpoints.latest(tx, run.job_id)

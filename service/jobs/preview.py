@@ -141,10 +141,8 @@ def _serving(settings: Settings, db: Database, spec: TrainSpec, config: Json) ->
     reason = _why_not(settings, [] if base is None else base.capabilities) or (None if is_encoder else why_not(config))
     if reason is not None:
         return {"can_be_served": False, "deployment": None, "reason": reason}
-    if is_encoder:
-        return {"can_be_served": True, "deployment": "its own", "reason": "it gets a deployment of its own"}
-    if spec.adapter is None:
-        return {"can_be_served": True, "deployment": "its own", "reason": "full weights get a deployment of their own"}
+    if is_encoder or spec.adapter is None:
+        return {"can_be_served": True, "deployment": "its own", "reason": "the model gets a deployment of its own"}
     return {"can_be_served": True, "deployment": spec.base.id, "reason": "the adapter joins the replicas of its base"}
 
 

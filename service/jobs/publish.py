@@ -77,9 +77,8 @@ def publish(db: Database, storage: Storage, run_id: str, epoch: int, key: str, m
 def _succeed(tx: Session, job: Job, run: Run, key: str, manifest: Manifest, made: list[results.ResultFile]) -> None:
     if not runs.end(tx, run.id, "succeeded"):
         return
-    assert job.plan is not None, "a job without a plan was run"
     is_trial = job.parent_job_id is not None  # its sweep publishes the best trial's model
-    model_id = None if is_trial else add_model(tx, job, job.plan["model_id"], key, manifest).id
+    model_id = None if is_trial else add_model(tx, job, _model_id(job), key, manifest).id
     result_files = [results.add_row(tx, job, result) for result in made]
     job = jobs.move(
         tx,
@@ -120,7 +119,7 @@ def publish_best(db: Database, storage: Storage, run_id: str, epoch: int, best: 
 
 
 def _succeed_with(tx: Session, sweep: Job, best: Job, model: Model) -> None:
-    trials = jobs.trials(tx, [sweep.id])
+    trials = jobs.trials(tx, sweep)
     sweep = jobs.move(
         tx,
         sweep.id,

@@ -7,9 +7,8 @@ that comes after a killed one reads both, tells what was not told yet and goes o
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
@@ -24,13 +23,12 @@ from service.store.tables import Job, Metric
 from training.progress import Failed, Stopped, Wish
 from training.spec import TrainSpec
 
+if TYPE_CHECKING:
+    from service.jobs.ray_tune import EarlyStopper
+
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # between two looks at the trials
-
-
-class _EarlyStopper(Protocol):
-    def is_weak(self, number: int, share: float, valid_loss: float) -> bool: ...
 
 
 class SweepDriver:
@@ -38,7 +36,7 @@ class SweepDriver:
 
     def __init__(self, db: Database, recorder: RunRecorder, sweep: Job) -> None:
         assert sweep.plan is not None, "a sweep without a plan was run"
-        self._db, self._recorder, self._sweep_id = db, recorder, sweep.id
+        self._db, self._recorder, self._sweep = db, recorder, sweep
         self._settings = Sweep.model_validate(sweep.sweep)
         self._combinations: list[dict[str, float | int]] = sweep.plan["trials"]
         self._early_stopper = _make_early_stopper(self._settings)
@@ -56,7 +54,7 @@ class SweepDriver:
                     return
             except StateConflict as conflict:  # a user's wish came in between; the next look sees it
                 log.info("%s", conflict)
-            threading.Event().wait(LOOK_S)
+            time.sleep(LOOK_S)
 
     def _look(self) -> bool:
         """One round; whether the run is over."""
@@ -64,7 +62,7 @@ class SweepDriver:
         if self._recorder.lost.is_set():
             raise RunLost(f"run {self._recorder.run_id} was ended")
         with self._db.read() as tx:
-            trials = jobs.trials(tx, [self._sweep_id])
+            trials = jobs.trials(tx, self._sweep)
             evaluations = metrics.evaluations(tx, [trial.id for trial in trials if trial.id not in self._told])
         self._take_new(trials, evaluations)
         self._record(trials)
@@ -219,7 +217,7 @@ class SweepDriver:
     def _finish(self) -> None:
         """All trials are over: the best one's model becomes the sweep's."""
         with self._db.read() as tx:
-            trials = jobs.trials(tx, [self._sweep_id])
+            trials = jobs.trials(tx, self._sweep)
         best = find_best(trials)
         if best is None:
             self._recorder.report([_no_model(trials)])
@@ -230,7 +228,7 @@ class SweepDriver:
         self._recorder.publish_best(best)
 
 
-def _make_early_stopper(sweep: Sweep) -> _EarlyStopper | None:
+def _make_early_stopper(sweep: Sweep) -> EarlyStopper | None:
     if sweep.scheduler is None:
         return None
     from service.jobs import ray_tune  # seconds to import, and only needed here

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from service.engine.protocol import AdapterMismatch, AdapterRef
 from service.serving.messages import Folder, Target
-from training.artifact import Fingerprint, Manifest, verify
+from training.artifact import BrokenFolder, Fingerprint, Manifest, read_manifest, verify
 from training.render import Renderer
 from training.storage import Storage
 
@@ -59,8 +59,7 @@ class AdapterShelf:
 
     def _prepare(self, model_id: str, folder: Folder) -> Prepared:
         manifest = verify(self._storage, folder.key, folder.manifest_hash)
-        if manifest.base_content_hash != self._base.base_content_hash:
-            raise AdapterMismatch("it was trained on other weights than those that are served here")
+        check_weights(manifest, self._base)
         local = self._storage.local_folder(folder.key)
         return Prepared(AdapterRef(model_id, local), self._renderer(local, manifest))
 
@@ -74,6 +73,32 @@ class AdapterShelf:
         renderer = Renderer.load(folder)
         check_template(renderer, manifest)
         return renderer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A replica's own folder on local disk, as it was recorded."""
+
+    manifest: Manifest
+    local: Path
+    renderer: Renderer
+
+
+def open_folder(storage: Storage, folder: Folder) -> Opened:
+    """BrokenFolder if the folder is not the recorded one, AdapterMismatch if its tokenizer gives other tokens."""
+    manifest = read_manifest(storage, folder.key)
+    if manifest is None or manifest.hash() != folder.manifest_hash:
+        raise BrokenFolder(f"{folder.key}: no manifest, or not the one recorded")
+    local = storage.local_folder(folder.key)
+    renderer = Renderer.load(local)
+    check_template(renderer, manifest)
+    return Opened(manifest, local, renderer)
+
+
+def check_weights(adapter: Manifest, base: Manifest | None) -> None:
+    """AdapterMismatch if the base is not the one that the adapter was trained on."""
+    if base is None or adapter.base_content_hash != base.base_content_hash:
+        raise AdapterMismatch("it was trained on other weights than those that are served here")
 
 
 def fingerprint(renderer: Renderer) -> Fingerprint:

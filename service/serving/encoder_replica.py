@@ -7,19 +7,18 @@ the base each, and each is as fast as a full fine-tune.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 
 from service.engine.admission import EngineFailed
 from service.engine.encoder import EncoderEngine, UnfitSequence
-from service.engine.protocol import AdapterMismatch, EngineStats
+from service.engine.protocol import EngineStats
 from service.errors import InvalidRequest
 from service.metrics import Metrics
-from service.serving.adapters import check_template
+from service.serving.adapters import check_weights, open_folder
 from service.serving.faults import as_service_error
 from service.serving.messages import Deployable, Encoded, EncodeRequest, Refused, Target
 from service.settings import Settings
-from training.artifact import BrokenFolder, read_manifest, verify
+from training.artifact import read_manifest, verify
 from training.render import Renderer
 from training.storage import Storage
 
@@ -45,27 +44,20 @@ class EncoderCore:
 
     def _load(self) -> None:
         deployable, settings, storage = self._deployable, self._settings, self._storage
-        manifest = read_manifest(storage, deployable.folder.key)
-        if manifest is None or manifest.hash() != deployable.folder.manifest_hash:
-            raise BrokenFolder(f"{deployable.folder.key}: no manifest, or not the one recorded")
-        local = storage.local_folder(deployable.folder.key)
-        self._renderer = Renderer.load(local)
-        check_template(self._renderer, manifest)
-        weights = local
+        opened = open_folder(storage, deployable.folder)
+        self._renderer, weights = opened.renderer, opened.local
         if deployable.base_folder is not None:
-            base = read_manifest(storage, deployable.base_folder.key)
-            if base is None or base.base_content_hash != manifest.base_content_hash:
-                raise AdapterMismatch("it was trained on other weights than those that are served here")
+            check_weights(opened.manifest, read_manifest(storage, deployable.base_folder.key))
             verify(storage, deployable.folder.key, deployable.folder.manifest_hash)
             weights = storage.local_folder(deployable.base_folder.key)
         assert deployable.task != "generate"
         self.engine = EncoderEngine(
             weights,
             task=deployable.task,
-            adapter=None if deployable.base_folder is None else local,
+            adapter=None if deployable.base_folder is None else opened.local,
             dtype=settings.engine_dtype,
             max_requests=settings.max_batch_size + settings.max_waiting,
-            num_threads=settings.engine_num_threads or max(1, (os.cpu_count() or 1) // 2),
+            num_threads=settings.resolved_engine_num_threads,
         )
 
     async def stop(self) -> None:

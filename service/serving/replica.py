@@ -7,7 +7,6 @@ the native engine is built: this module can be shipped from a process without it
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,7 +17,7 @@ from service.engine.echo import EchoEngine
 from service.engine.protocol import Delta, Engine, EngineStats, GenerateRequest, SamplingParams
 from service.errors import InvalidRequest
 from service.metrics import Metrics
-from service.serving.adapters import AdapterShelf, Prepared, check_template
+from service.serving.adapters import AdapterShelf, Prepared, open_folder
 from service.serving.coalesce import coalesce
 from service.serving.encoder_replica import EncoderCore
 from service.serving.faults import as_service_error
@@ -36,7 +35,6 @@ from service.serving.messages import (
     TextPrompt,
 )
 from service.settings import Settings
-from training.artifact import BrokenFolder, read_manifest
 from training.render import Renderer
 from training.storage import Storage
 
@@ -77,14 +75,9 @@ class ReplicaCore:
         self._stats_task = asyncio.create_task(self._watch_stats())
 
     def _load(self) -> None:
-        folder = self._deployable.folder
-        manifest = read_manifest(self._storage, folder.key)
-        if manifest is None or manifest.hash() != folder.manifest_hash:
-            raise BrokenFolder(f"{folder.key}: no manifest, or not the one recorded")
-        local = self._storage.local_folder(folder.key)
-        self._renderer = Renderer.load(local)
-        check_template(self._renderer, manifest)
-        self._shelf = AdapterShelf(self._storage, manifest, self._renderer)
+        opened = open_folder(self._storage, self._deployable.folder)
+        self._renderer = opened.renderer
+        self._shelf = AdapterShelf(self._storage, opened.manifest, self._renderer)
         self.engine = build_engine(self._settings, self._storage, self._deployable, self._renderer)
 
     async def stop(self) -> None:
@@ -228,7 +221,7 @@ def build_engine(settings: Settings, storage: Storage, deployable: Deployable, r
         max_batch_size=settings.max_batch_size,
         max_waiting=settings.max_waiting,
         max_resident_adapters=settings.max_resident_adapters,
-        num_threads=settings.engine_num_threads or max(1, (os.cpu_count() or 1) // 2),
+        num_threads=settings.resolved_engine_num_threads,
         stop_token_ids=renderer.stop_token_ids,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -78,9 +77,12 @@ def find_retried(tx: Session, request_hash: str, window_s: float) -> Job | None:
     )
 
 
-def trials(tx: Session, sweep_ids: Iterable[str]) -> list[Job]:
-    """The trials of the sweeps, by number."""
-    return list(tx.scalars(select(Job).where(Job.parent_job_id.in_(list(sweep_ids))).order_by(Job.trial_number)))
+def trials(tx: Session, *among: Job) -> list[Job]:
+    """The trials of the sweeps that are among the jobs, by number; nothing is asked where there are none."""
+    sweep_ids = [job.id for job in among if job.kind == JobKind.SWEEP]
+    if not sweep_ids:
+        return []
+    return list(tx.scalars(select(Job).where(Job.parent_job_id.in_(sweep_ids)).order_by(Job.trial_number)))
 
 
 def open_with_file(tx: Session, file_id: str) -> Job | None:
@@ -214,10 +216,8 @@ def pass_wish_on(tx: Session, sweep: Job, wish: Desired) -> None:
 
     A trial that is cancelled for itself stays so; one that was paused for itself goes on when its sweep is resumed.
     """
-    if sweep.kind != JobKind.SWEEP:
-        return
     request = {Desired.CANCEL: request_cancel, Desired.PAUSE: request_pause, Desired.RUN: request_resume}[wish]
-    for trial in trials(tx, [sweep.id]):
+    for trial in trials(tx, sweep):
         if not JobState(trial.state).is_terminal and trial.desired not in (wish, Desired.CANCEL):
             request(tx, trial.project_id, trial.id)
 

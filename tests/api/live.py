@@ -62,31 +62,38 @@ def training_service(
     home: Path, make_fit: Callable[[Storage, Path], Fit] = LoopFit, base: dict[str, Any] = LLAMA
 ) -> Iterator[tuple[Platform, OpenAI]]:
     """A service that really trains and answers: an orchestrator ticks beside it, and a tiny base is ready."""
-    stop = threading.Event()
-    with live_service(home, engine="native") as (platform, url, secret):
-        settings, db, storage = platform.settings, platform.db, platform.storage
-        launcher = InProcessLauncher(settings, db, storage, make_fit(storage, home / "scratch"), 1)
-        runner = InProcessTaskRunner(settings, db, storage)
-        orchestrator = make_orchestrator(settings, db, launcher, runner)
+    with (
+        live_service(home, engine="native") as (platform, url, secret),
+        ticking(platform, make_fit(platform.storage, home / "scratch")),
+        sync_client(url, secret) as client,
+    ):
+        source = Storage(str(home / "source"))
+        make_base(source, base)
+        client.post("/bases", body={"id": TRAINABLE, "source": source.path(BASE_KEY)}, cast_to=dict[str, Any])
+        wait_for(lambda: client.get(f"/bases/{TRAINABLE}", cast_to=dict[str, Any])["status"] == "ready")
+        yield platform, client
 
-        def tick() -> None:
-            while not stop.wait(0.02):
-                orchestrator.tick()
 
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            source = Storage(str(home / "source"))
-            make_base(source, base)
-            with sync_client(url, secret) as client:
-                client.post("/bases", body={"id": TRAINABLE, "source": source.path(BASE_KEY)}, cast_to=dict[str, Any])
-                wait_for(lambda: client.get(f"/bases/{TRAINABLE}", cast_to=dict[str, Any])["status"] == "ready")
-                yield platform, client
-        finally:
-            stop.set()
-            thread.join(PATIENCE_S)
-            launcher.join(PATIENCE_S)
-            runner.join(PATIENCE_S)
+@contextmanager
+def ticking(platform: Platform, fit: Fit) -> Iterator[None]:
+    """An orchestrator at work beside a service; its runs are `fit`'s."""
+    settings, db, storage = platform.settings, platform.db, platform.storage
+    launcher, runner = InProcessLauncher(settings, db, storage, fit, 1), InProcessTaskRunner(settings, db, storage)
+    orchestrator, stop = make_orchestrator(settings, db, launcher, runner), threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.02):
+            orchestrator.tick()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)
+        launcher.join(PATIENCE_S)
+        runner.join(PATIENCE_S)
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:

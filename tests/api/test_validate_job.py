@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,14 @@ import openai
 import pytest
 from openai import OpenAI
 
-from service.jobs.launchers import InProcessLauncher
 from service.jobs.preview import preview
 from service.jobs.rehearsal import Rehearsal
 from service.jobs.states import JobState
-from service.jobs.task_runners import InProcessTaskRunner
 from service.platform import Platform
 from service.store import bases, files, jobs, metrics, tasks
 from service.store.instance import DEFAULT_PROJECT
 from tests.api.conftest import NewClient, upload
-from tests.api.live import ECHO, live_service, sync_client
-from tests.jobs.world import make_orchestrator
+from tests.api.live import ECHO, live_service, sync_client, ticking
 from tests.training.runs import make_base
 from training.estimate import START_S
 from training.plan import plan
@@ -36,31 +32,15 @@ ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "co
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, OpenAI]]:
     """A service with a real tiny base, and an orchestrator that ticks beside it."""
-    stop = threading.Event()
     with live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret):
-        settings, db, storage = platform.settings, platform.db, platform.storage
-        ref = make_base(storage)
-        with db.write() as tx:
+        ref = make_base(platform.storage)
+        with platform.db.write() as tx:
             bases.add(tx, project_id=DEFAULT_PROJECT, created_by=None, id=TINY, source="starter", revision=None)
             fields: dict[str, Any] = {"storage_key": ref.key, "content_hash": "0123", "manifest_hash": "4567"}
             fields |= {"capabilities": ["chat", "completions"], "architecture": "LlamaForCausalLM", "max_context": 128}
             bases.set_ready(tx, TINY, fingerprint={}, num_parameters=1000, **fields)
-        runner = InProcessTaskRunner(settings, db, storage)
-        launcher = InProcessLauncher(settings, db, storage, Rehearsal(storage), 1)
-        orchestrator = make_orchestrator(settings, db, launcher, runner)
-
-        def tick() -> None:
-            while not stop.wait(0.02):
-                orchestrator.tick()
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        with sync_client(url, secret) as client:
+        with ticking(platform, Rehearsal(platform.storage)), sync_client(url, secret) as client:
             yield platform, client
-        stop.set()
-        thread.join(PATIENCE_S)
-        launcher.join(PATIENCE_S)
-        runner.close()
 
 
 def send(client: OpenAI, rows: list[Any]) -> str:
@@ -177,6 +157,14 @@ def test_a_body_is_checked_as_by_create(service: tuple[Platform, OpenAI]) -> Non
         with pytest.raises(openai.BadRequestError) as caught:
             validate(client, "file-none", **fields)
         assert caught.value.param == param
+
+
+def test_of_a_classification_only_what_can_be_chosen_is_a_hyperparameter(service: tuple[Platform, OpenAI]) -> None:
+    _, client = service
+    file_id = send(client, [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)])
+    seen = validate(client, file_id, method={"type": "classification"})["resolved"]["method"]["classification"]
+    assert seen["hyperparameters"].keys() >= {"class_weights", "label_smoothing", "n_epochs"}
+    assert not seen["hyperparameters"].keys() & {"labels", "label_counts"}
 
 
 def test_a_key_without_the_scope_may_not_plan(new_client: NewClient) -> None:

@@ -133,3 +133,10 @@ class Rows:
         """Some of them as JSONL."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(self.lines[first : first + num_rows]))
+
+
+def make_material(storage: Storage) -> tuple[dict[str, BaseRef], Rows]:
+    """What the benchmarks on a CPU train: both bases, and rows that fit them."""
+    rows = chat_rows()[:3000]
+    bases = make_bases(storage, rows)
+    return bases, Rows(Path(storage.path(bases["8m"].key)), rows)

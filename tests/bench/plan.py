@@ -7,9 +7,6 @@ relative errors: write them there when the errors have grown.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,18 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.bench.material import Rows, chat_rows, make_bases
+from tests.bench.material import make_material
+from tests.bench.processes import train
 from training import estimate
 from training.examples import load_examples
 from training.model_shape import ModelShape
 from training.plan import Plan, plan
 from training.probe import tokens_per_s
-from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.spec import Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
 GOALS = {"plan_memory_error": "<= 0.15", "plan_time_error": "<= 0.3"}
-ROOT = Path(__file__).resolve().parents[2]
-USAGE = ROOT / "tests/bench/usage.py"
 
 
 @dataclass(frozen=True)
@@ -72,10 +68,8 @@ class _Bench:
     """One storage with the bases and rows of all cases."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
-        rows = chat_rows()[:3000]
         self.storage, self.folder = storage, folder
-        self.bases: dict[str, BaseRef] = make_bases(storage, rows)
-        self.rows = Rows(Path(storage.path(self.bases["8m"].key)), rows)
+        self.bases, self.rows = make_material(storage)
         self.fit: list[tuple[float, ...]] = []
 
     def run(self) -> dict[str, float]:
@@ -84,7 +78,8 @@ class _Bench:
         for case in CASES:
             spec = self._spec(case)
             planned, duration_s = self._planned(spec)
-            peak_bytes, cpu_s = self._trained(planned.spec, case.name)
+            _, took = train(planned.spec, self.folder, case.name, num_threads=1)
+            peak_bytes, cpu_s = took.rss_bytes, took.cpu_s
             memory.append(planned.peak_memory_bytes / peak_bytes)
             seconds.append(duration_s / cpu_s)
             self._remember(planned.spec, peak_bytes)
@@ -130,26 +125,6 @@ class _Bench:
         rate = tokens_per_s(planned.spec, self.storage, mean_tokens, num_threads=1, patience_s=600)
         shape = ModelShape(self.storage.local_folder(spec.base.key))
         return planned, estimate.duration_s(planned, shape, rate, render_s)
-
-    def _trained(self, spec: TrainSpec, name: str) -> tuple[int, float]:
-        """Peak bytes and CPU seconds of `python -m training`."""
-        file = self.folder / f"{name}.json"
-        file.write_text(spec.model_dump_json())
-        command = [sys.executable, "-m", "training", str(file), "--run-dir", str(self.folder / "runs" / name)]
-        with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache}
-            done = subprocess.run(
-                [sys.executable, "-S", str(USAGE), *command, "--storage", str(self.folder)],
-                env=environment,
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-        peak_bytes, cpu_s, code = json.loads(done.stderr.splitlines()[-1])
-        if code:
-            raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-        return peak_bytes, cpu_s
 
     def _remember(self, spec: TrainSpec, peak_bytes: int) -> None:
         """What the constants multiply: 1, activations of LoRA and of full weights, logits, bf16; then the rest."""

@@ -21,14 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.bench import loss_curve
-from tests.bench.material import MAX_LENGTH, Rows, chat_rows, make_bases
+from tests.bench.material import MAX_LENGTH, make_material
 from tests.bench.processes import PEER, Speed, tokens_per_s, train, train_peer
 from training.attention import PACKED
 from training.evaluation import evaluate
 from training.examples import load_examples
 from training.methods.supervised import loss_sums
 from training.parallel import Workers
-from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
+from training.spec import Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
 GOALS = {
@@ -89,10 +89,8 @@ class _Bench:
     """One storage with the bases and rows that all runs share."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
-        rows = chat_rows()[:3000]
         self.storage, self.folder = storage, folder
-        self.bases: dict[str, BaseRef] = make_bases(storage, rows)
-        self.rows = Rows(Path(storage.path(self.bases["8m"].key)), rows)
+        self.bases, self.rows = make_material(storage)
         self.rows.write(Path(storage.path("files/valid")), 0, NUM_VALID_ROWS)
 
     def run(self) -> dict[str, float]:
@@ -137,10 +135,10 @@ class _Bench:
 
     def _ours(self, case: Case, num_workers: int = 1, num_threads: int = 0) -> Speed:
         name = f"{case.name}_{case.num_packed}_{num_workers}_{num_threads}"
-        steps, rss = train(self._spec(case, num_workers), self.folder, name, num_threads)
+        steps, took = train(self._spec(case, num_workers), self.folder, name, num_threads)
         if case is CASES[0] and not num_threads:
             self._keep(self.folder / "runs" / name / "artifact", self.folder / "ours" / case.name)
-        return _speed([step["at"] for step in steps], [step["num_trained_tokens"] for step in steps], rss)
+        return _speed([step["at"] for step in steps], [step["num_trained_tokens"] for step in steps], took.rss_bytes)
 
     def _keep(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -142,11 +142,19 @@ async def test_a_layout_that_is_not_understood_is_refused(
             pass
 
 
-async def test_a_lora_classifier_is_merged_with_its_label_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+async def test_a_lora_classifier_is_merged_with_its_label_head(tmp_path: Path, variant: dict[str, bool]) -> None:
     base, adapter = save_encoder(tmp_path / "base"), tmp_path / "adapter"
     tuned = get_peft_model(
         BertForSequenceClassification.from_pretrained(base, config=bert_config()),
-        LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["classifier"]),
+        LoraConfig(
+            task_type="SEQ_CLS",
+            r=4,
+            lora_alpha=8,
+            target_modules="all-linear",
+            modules_to_save=["classifier"],
+            **variant,
+        ),
     )
     disturb(tuned)
     tuned.save_pretrained(adapter)
@@ -165,7 +173,9 @@ def disturb(model: torch.nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize(("change", "message"), [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "plain LoRA")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"use_qalora": True}, "use_qalora"), ({"bias": "all"}, "method than LoRA")]
+)
 async def test_an_adapter_that_is_not_understood_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:

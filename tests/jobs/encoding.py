@@ -1,12 +1,15 @@
-"""Ask a published classifier or embedding model as a gateway would, in this process."""
+"""Import an encoder as the API does, and ask a published model as a gateway would, in this process."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from service.serving.catalog import Catalog
 from service.serving.engines import InProcessEngines
 from service.serving.messages import Encoded, EncodeRequest
+from service.store import bases, tasks
+from service.store.tables import BaseModel
 from tests.jobs.world import PROJECT, World
 
 
@@ -25,3 +28,18 @@ def encode(world: World, model: str, texts: list[str]) -> Encoded:
         raise AssertionError("the engine said nothing")
 
     return asyncio.run(ask())
+
+
+def import_encoder(world: World, source: Path) -> BaseModel:
+    """The ready base that the worker task makes of a folder."""
+    with world.db.write() as tx:
+        bases.add(tx, project_id=PROJECT, created_by=None, id="encoder", source=str(source), revision=None)
+        tasks.add(tx, "import_base", {"base_id": "encoder"})
+
+    def found() -> BaseModel:
+        with world.db.read() as tx:
+            return bases.get(tx, "encoder")
+
+    world.tick_until(lambda: found().status != "preparing")
+    assert found().status == "ready", found().status_details
+    return found()

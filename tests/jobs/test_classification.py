@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from service.jobs.launchers import LoopFit
 from service.jobs.states import JobState
 from service.serving.fleet import wanted
-from service.store import bases, files, models, tasks
+from service.store import files, models
 from service.store.tables import BaseModel, Job, Model
-from tests.jobs.encoding import encode
+from tests.jobs.encoding import encode, import_encoder
 from tests.jobs.world import PROJECT, World
 from tests.training.labelled import LABELS, labelled_rows, write_encoder
 from training.artifact import verify
@@ -34,19 +34,8 @@ def world(build: Callable[..., World], tmp_path: Path) -> World:
 
 @pytest.fixture
 def base(world: World, tmp_path: Path) -> BaseModel:
-    """A tiny encoder, imported as the API and the worker task do."""
-    source = str(write_encoder(tmp_path / "encoder"))
-    with world.db.write() as tx:
-        bases.add(tx, project_id=PROJECT, created_by=None, id="encoder", source=source, revision=None)
-        tasks.add(tx, "import_base", {"base_id": "encoder"})
-    world.tick_until(lambda: find_base(world).status != "preparing")
-    assert find_base(world).status == "ready", find_base(world).status_details
-    return find_base(world)
-
-
-def find_base(world: World) -> BaseModel:
-    with world.db.read() as tx:
-        return bases.get(tx, "encoder")
+    """A tiny encoder."""
+    return import_encoder(world, write_encoder(tmp_path / "encoder"))
 
 
 def create(world: World, base: BaseModel, rows: list[dict[str, str]], **changes: Any) -> Job:

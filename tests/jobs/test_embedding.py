@@ -12,10 +12,10 @@ import pytest
 
 from service.jobs.launchers import LoopFit
 from service.jobs.states import JobState
-from service.store import bases, models, tasks
+from service.store import models
 from service.store.tables import BaseModel, Job
 from tests.engine.encoders import save_encoder
-from tests.jobs.encoding import encode
+from tests.jobs.encoding import encode, import_encoder
 from tests.jobs.world import PROJECT, World
 from training.spec import BaseRef, EmbeddingSpec, Hyperparameters, LoraSpec, TrainSpec
 
@@ -30,19 +30,8 @@ def world(build: Callable[..., World], tmp_path: Path) -> World:
 
 @pytest.fixture
 def base(world: World, tmp_path: Path) -> BaseModel:
-    """A tiny encoder in sentence-transformers' layout, imported as the API and the worker task do."""
-    source = str(save_encoder(tmp_path / "encoder", pooling="mean_tokens"))
-    with world.db.write() as tx:
-        bases.add(tx, project_id=PROJECT, created_by=None, id="encoder", source=source, revision=None)
-        tasks.add(tx, "import_base", {"base_id": "encoder"})
-    world.tick_until(lambda: find_base(world).status != "preparing")
-    assert find_base(world).status == "ready", find_base(world).status_details
-    return find_base(world)
-
-
-def find_base(world: World) -> BaseModel:
-    with world.db.read() as tx:
-        return bases.get(tx, "encoder")
+    """A tiny encoder in sentence-transformers' layout."""
+    return import_encoder(world, save_encoder(tmp_path / "encoder", pooling="mean_tokens"))
 
 
 def create(world: World, base: BaseModel, **changes: Any) -> Job:

@@ -86,7 +86,7 @@ def create(world: World, **settings: Any) -> Job:
 
 def trials_of(world: World, sweep: Job) -> list[Job]:
     with world.db.read() as tx:
-        return jobs.trials(tx, [sweep.id])
+        return jobs.trials(tx, sweep)
 
 
 def states_of(world: World, sweep: Job) -> list[str]:

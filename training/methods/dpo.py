@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from training.batches import collate
-from training.failure import check_flag, is_out_of_memory
+from training.failure import check_flag
+from training.fsdp import can_be_told
 from training.lora import adapter_off
 from training.methods.interface import LossSums
 from training.model import kept_logits
@@ -39,16 +40,13 @@ def prepare(
         return examples
     table = torch.zeros(2 * len(examples) + 1, device=workers.device)  # the last one counts workers out of memory
     pairs = table[:-1].view(-1, 2)
-    mine = range(workers.rank, len(examples), workers.size)
     try:
-        # As many passes as the first worker, which has the most: sharded weights need all workers in each.
-        for start in range(0, len(range(0, len(examples), workers.size)), micro_batch_size):
-            indices = list(mine[start : start + micro_batch_size])
+        for indices in workers.passes(len(examples), micro_batch_size):
             found = _reference(model, collate(examples[indices or [0]]).to(workers.device)).view(-1, 2)
             if indices:
                 pairs[indices] = found
     except (RuntimeError, MemoryError) as error:
-        if spec.parallel == "fsdp" or not is_out_of_memory(error):  # see `training.fsdp`
+        if not can_be_told(error, model):
             raise
         table[-1] += 1
     workers.sum_(table)

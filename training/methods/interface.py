@@ -28,6 +28,13 @@ class LossSums(NamedTuple):
 LossSumsOf = Callable[["PreTrainedModel", "MicroBatch"], LossSums]
 
 
+def keep_examples(
+    spec: TrainSpec, model: PreTrainedModel, examples: Examples, workers: Workers, micro_batch_size: int
+) -> Examples:
+    """The `prepare` of a method that need not know the start weights."""
+    return examples
+
+
 class Method(Protocol):
     """A module of this package."""
 

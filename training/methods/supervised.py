@@ -6,25 +6,18 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import cross_entropy
 
-from training.methods.interface import LossSums
+from training.methods.interface import LossSums, keep_examples
 from training.model import kept_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from training.batches import Examples, MicroBatch
-    from training.parallel import Workers
+    from training.batches import MicroBatch
     from training.spec import TrainSpec
 
 
 MEANS: tuple[str, ...] = ()
-
-
-def prepare(
-    spec: TrainSpec, model: PreTrainedModel, examples: Examples, workers: Workers, micro_batch_size: int
-) -> Examples:
-    """Nothing of the start weights is needed."""
-    return examples
+prepare = keep_examples
 
 
 def loss_sums(spec: TrainSpec, model: PreTrainedModel, batch: MicroBatch) -> LossSums:

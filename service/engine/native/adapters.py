@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from service.engine.protocol import AdapterMismatch, AdapterRef
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of all names in a PEFT file
 _TINY = 1e-15  # length below which a row of weights counts as zeros
 _UNSUPPORTED = (
     "lora_bias",
@@ -110,8 +110,8 @@ def load_adapter(ref: AdapterRef, layers: dict[str, LoraLinear]) -> LoadedAdapte
         raise AdapterMismatch(f"adapter {ref.id} trains biases, which this engine does not run")
     factors: dict[str, Factors] = {}
     for name in sorted({_module_name(ref, key) for key in weights}):
-        a, b = (weights.get(f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
-        magnitude = weights.get(f"{_PREFIX}{name}.lora_magnitude_vector")
+        a, b = (weights.get(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
+        magnitude = weights.get(f"{PREFIX}{name}.lora_magnitude_vector")
         if (layer := layers.get(name)) is None:
             raise AdapterMismatch(f"adapter {ref.id} targets {name}, which is no linear layer of this base model")
         if a is None or b is None:
@@ -125,7 +125,7 @@ def load_adapter(ref: AdapterRef, layers: dict[str, LoraLinear]) -> LoadedAdapte
 
 
 def _module_name(ref: AdapterRef, key: str) -> str:
-    match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)", key)
+    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)", key)
     if match is None:
         raise AdapterMismatch(f"adapter {ref.id} holds {key}, which is no LoRA weight of a linear layer")
     return match[1]
@@ -153,19 +153,28 @@ def _factors(
             f"adapter {ref.id} has magnitudes of shape {tuple(magnitude.shape)} for {name}; "
             f"this base model needs ({layer.out_features},)"
         )
-    alpha = _by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    like = layer.weight
-    gain = None if magnitude is None else _gain(layer, a, b, scale, magnitude)
+    scale, like = scale_of(name, rank, config), layer.weight
+    gain = None if magnitude is None else gain_of(merged_rows(layer.rows(), a, b, scale), magnitude)
     return Factors(a.T.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous(), gain)
 
 
+def scale_of(name: str, rank: int, config: dict[str, Any]) -> float:
+    """What a layer's B A is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
+    alpha = _by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 @torch.no_grad()
-def _gain(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor) -> torch.Tensor:
-    """DoRA (Liu et al. 2024): each row of W + scale * B A is brought to its magnitude. The sum is made once, here."""
-    weight = layer.rows().float()
-    rows = weight + scale * (b.to(weight) @ a.to(weight))
-    return magnitude.to(weight) / torch.linalg.vector_norm(rows, dim=1).clamp_min(_TINY)
+def merged_rows(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """fp32 W + scale * B A of a weight [out, in], row by row an output."""
+    weight = rows.float()
+    return weight + scale * (b.to(weight) @ a.to(weight))
+
+
+@torch.no_grad()
+def gain_of(merged: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """fp32 [out]: what DoRA (Liu et al. 2024) multiplies each row of the sum by, to bring it to its magnitude."""
+    return magnitude.to(merged) / torch.linalg.vector_norm(merged, dim=1).clamp_min(_TINY)
 
 
 def _by_pattern(name: str, pattern: dict[str, float] | None, default: float) -> float:

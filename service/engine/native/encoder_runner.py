@@ -20,15 +20,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from service.engine.native.adapters import PREFIX, gain_of, merged_rows, scale_of
 from service.engine.protocol import AdapterMismatch
-from training.artifact import BrokenFolder
+from training.artifact import REPORT_FILE, BrokenFolder
 from training.pooling import Pooling, read_pooling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
-_PREFIX = "base_model.model."
+_UNSUPPORTED = ("lora_bias", "use_qalora")
 _CPU_BATCH_TOKENS = 2048  # padding included; more makes nothing faster, and whoever comes next waits for it
 _GPU_BATCH_TOKENS = 32768
 
@@ -118,26 +119,20 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, folder: Path) -> set[str]:
-    """Add a LoRA adapter's products to the weights they adapt, and put in what it saved whole, such as a label head;
-    returns the names of the latter.
-
-    W + scale * B A in fp32, with scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
+    """Put a LoRA, rsLoRA or DoRA adapter into the weights that it adapts, and what it saved whole, such as a label
+    head, into their place; returns the names of the latter. The sums are made in fp32."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    unknown = [name for name in ("use_dora", "lora_bias", "alpha_pattern", "use_qalora") if config.get(name)]
+    unknown = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
-        raise AdapterMismatch(f"the adapter uses {', '.join(unknown) or 'another method than plain LoRA'}")
+        raise AdapterMismatch(f"the adapter uses {', '.join(unknown) or 'another method than LoRA'}")
     weights, whole = load_file(folder / "adapter_model.safetensors"), set()
     for key, value in weights.items():
-        name = key.removeprefix(_PREFIX)
-        if name.endswith(".lora_B.weight"):
+        name = key.removeprefix(PREFIX)
+        if name.endswith((".lora_B.weight", ".lora_magnitude_vector")):
             continue
         try:
             if name.endswith(".lora_A.weight"):
-                name = name.removesuffix(".lora_A.weight")
-                product = _product(value, weights[f"{_PREFIX}{name}.lora_B.weight"], config)
-                layer = model.get_submodule(name)
-                weight = cast(torch.Tensor, layer.weight)
-                weight.copy_((weight.float() + (product.T if isinstance(layer, Conv1D) else product)).to(weight))
+                _merge_layer(model, name.removesuffix(".lora_A.weight"), weights, config)
             else:
                 target = model.get_parameter(name)
                 target.copy_(value.view_as(target))
@@ -147,10 +142,15 @@ def merge_adapter(model: nn.Module, folder: Path) -> set[str]:
     return whole
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    rank = a.shape[0]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return scale * (b.float() @ a.float())
+def _merge_layer(model: nn.Module, name: str, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    layer = model.get_submodule(name)
+    weight = cast(torch.Tensor, layer.weight)
+    rows = weight.T if isinstance(layer, Conv1D) else weight
+    a, b = (weights[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB")
+    merged = merged_rows(rows, a, b, scale_of(name, a.shape[0], config))
+    if config.get("use_dora"):
+        merged *= gain_of(merged, weights[f"{PREFIX}{name}.lora_magnitude_vector"])[:, None]
+    rows.copy_(merged)
 
 
 def _labels(config: Any) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def _labels(config: Any) -> tuple[str, ...]:
 
 def _temperature(folder: Path) -> float:
     """What calibration on the validation set found; 1 where there was none (Guo et al. 2017)."""
-    path = folder / "evaluation.json"
+    path = folder / REPORT_FILE
     found = json.loads(path.read_text()).get("temperature") if path.is_file() else None
     return float(found) if isinstance(found, int | float) and found > 0 else 1.0
 
