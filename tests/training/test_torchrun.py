@@ -42,7 +42,8 @@ def train(storage: Storage, spec: TrainSpec, run: str) -> list[dict[str, Any]]:
     """Run to the end; the steps of this attempt as reported."""
     progress = Path(storage.path(run)) / "progress.jsonl"
     before = len(progress.read_text().splitlines()) if progress.exists() else 0
-    subprocess.run(command(storage, spec, run), cwd=ROOT, check=True, capture_output=True, timeout=240)
+    done = subprocess.run(command(storage, spec, run), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     items = [json.loads(line) for line in progress.read_text().splitlines()[before:]]
     numbers = [{**item, **item["means"]} for item in items if item["kind"] in ("step", "eval")]
     return [{k: v for k, v in item.items() if k not in ("seq", "at", "tokens_per_s", "means")} for item in numbers]
