@@ -30,7 +30,7 @@ ADAM_BYTES = 12  # per trained number: gradient, and Adam's two moments, all in 
 # gate, its activation, up and their product (4i); a trained norm keeps its normalised input as well (2h).
 KEPT_WIDTHS, KEPT_MLP_WIDTHS, KEPT_NORM_WIDTHS = 5, 4, 2
 FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
-LOGIT_BYTES = 18.0  # per trained token and entry of the vocabulary: logits, log-probabilities, their gradients
+HELD_LOGITS = 1.5  # bytes held for each byte of the logits of trained tokens, over which their gradients are written
 HELD = {True: 1.6, False: 1.45}  # bytes held for each byte of activations; by whether an adapter is trained: its
 # layers make one output more than they keep
 KERNEL_BYTES = 240_000_000  # matrix products that oneDNN compiled and keeps, in bf16 on a CPU
@@ -52,7 +52,7 @@ class Parts:
     weights: int  # in the run's precision
     state: int  # weights, their fp32 masters, gradients and Adam's moments
     activations: int  # kept by the largest micro-batch for its backward pass
-    logits: int  # its trained tokens times the vocabulary
+    logits: int  # of its trained tokens
     kernels: int  # compiled matrix products
 
 
@@ -64,7 +64,7 @@ def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Cou
     peak. On a GPU there is no process and no oneDNN; that case was not fitted.
     """
     held = parts(spec, shape, tokens, trained)
-    batch = HELD[spec.adapter is not None] * held.activations + LOGIT_BYTES * held.logits
+    batch = HELD[spec.adapter is not None] * held.activations + HELD_LOGITS * held.logits
     if on_gpu:
         return held.state + round(batch)
     training = held.state + round(batch) + held.kernels
@@ -84,7 +84,7 @@ def parts(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -
         weights=weights,
         state=state,
         activations=batch_tokens * _activation_bytes(spec, shape),
-        logits=batch_trained * shape.vocab_size,
+        logits=batch_trained * shape.vocab_size * _compute_bytes(spec),
         kernels=KERNEL_BYTES if spec.precision == "bf16" else 0,
     )
 
@@ -176,7 +176,7 @@ def _adapter_outputs(spec: TrainSpec, shape: ModelShape) -> int:
 def _largest_micro_batch(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> tuple[int, int]:
     """Tokens, and those with a loss, of the micro-batch that holds most, in the order that a run of this seed takes."""
     per_token = HELD[spec.adapter is not None] * _activation_bytes(spec, shape)
-    cost = per_token * tokens + LOGIT_BYTES * shape.vocab_size * trained
+    cost = per_token * tokens + HELD_LOGITS * shape.vocab_size * _compute_bytes(spec) * trained
     hyper = spec.hyperparameters
     batch_size = cast(int, hyper.batch_size)
     num_steps = ceil(len(tokens) / batch_size)

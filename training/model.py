@@ -1,5 +1,5 @@
-"""A language model: loading it from a folder, and its logits for a micro-batch. LoRA is in `training.lora`, models with
-a label head are in `training.classifier`, encoders without a head in `training.embedder`."""
+"""A language model: loading it from a folder, and what it thinks of a micro-batch. LoRA is in `training.lora`, models
+with a label head are in `training.classifier`, encoders without a head in `training.embedder`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from training.attention import PACKED, PACKED_MODEL_TYPES
 from training.pretrained import load_pretrained
 from training.rows import num_until_known_shape, packed_row
+from training.token_logprobs import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +42,11 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def kept_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
-    """Logits [kept positions, vocabulary]; the vocabulary is never spread over positions that have no loss."""
+def kept_logprobs(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities fp32 [kept positions] of a micro-batch's targets, and whether each is the likeliest token. The
+    vocabulary is never spread over positions that have no loss."""
     if model.config._attn_implementation != PACKED:
-        return _padded_logits(model, batch)
+        return token_logprobs(_padded_logits(model, batch), batch.targets)
     row, kept = packed_row(batch), batch.keep.nonzero().squeeze(1)
     if kept.device.type == "cpu":
         kept = pad(kept, (0, num_until_known_shape(len(kept))))
@@ -55,7 +57,7 @@ def kept_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
         example_lengths=row.lengths,
         use_cache=False,
     ).logits
-    return logits[0, : len(batch.targets)]
+    return token_logprobs(logits[0], batch.targets)
 
 
 def _padded_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:

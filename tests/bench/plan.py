@@ -143,6 +143,6 @@ class _Bench:
         process, lora, full, logits, kernels = found
         print(
             f"best fit: PROCESS_BYTES = {process / 1e6:.0f}_000_000, HELD = {{True: {lora:.2f}, False: {full:.2f}}}, "
-            f"LOGIT_BYTES = {logits:.1f}, KERNEL_BYTES = {kernels / 1e6:.0f}_000_000",
+            f"HELD_LOGITS = {logits:.2f}, KERNEL_BYTES = {kernels / 1e6:.0f}_000_000",
             file=sys.stderr,
         )

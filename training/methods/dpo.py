@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from training.batches import collate
 from training.failure import check_flag
 from training.fsdp import can_be_told
 from training.lora import adapter_off
 from training.methods.interface import LossSums
-from training.model import kept_logits
+from training.model import kept_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,8 +99,8 @@ def _needs_reference(settings: DpoSpec) -> bool:
 
 def _log_probs(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Log-probability of each sequence's trained tokens, in the order of the examples: better, worse, better, …"""
-    tokens = -cross_entropy(kept_logits(model, batch).float(), batch.targets, reduction="none")
-    parts = tokens.split(batch.num_targets)
+    logprobs, _ = kept_logprobs(model, batch)
+    parts = logprobs.split(batch.num_targets)
     return torch.stack([parts[place].sum() for place in batch.places])
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.functional import cross_entropy
-
 from training.methods.interface import LossSums, keep_examples
-from training.model import kept_logits
+from training.model import kept_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +20,5 @@ prepare = keep_examples
 
 def loss_sums(spec: TrainSpec, model: PreTrainedModel, batch: MicroBatch) -> LossSums:
     """Counted are trained tokens; right is one whose prediction is the most likely."""
-    logits = kept_logits(model, batch).float()
-    loss = cross_entropy(logits, batch.targets, reduction="sum")
-    num_correct = (logits.detach().argmax(dim=-1) == batch.targets).sum()
-    return LossSums(loss, num_correct, len(batch.targets))
+    logprobs, is_right = kept_logprobs(model, batch)
+    return LossSums(-logprobs.sum(), is_right.sum(), len(batch.targets))
