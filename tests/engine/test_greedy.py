@@ -73,7 +73,7 @@ async def test_greedy_text_of_real_models_equals_generate(name: str, vocab_size:
 async def test_long_prompts_are_read_in_chunks(
     kind: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(Stepper.__init__.__kwdefaults__, "prefill_tokens_per_step", 5)
+    monkeypatch.setitem(Stepper.__init__.__kwdefaults__, "prompt_tokens_per_step", 5)
     await compare(model_folders[kind], 256, 4, max_prompt=60, num=8)
 
 

@@ -1,24 +1,17 @@
-"""LoRA adapters of one base model: the layers that apply them, and which of them are resident.
-
-A batch may mix adapters and ranks: its rows are sorted by adapter, and each linear layer adds every adapter's product
-to that adapter's slice of rows, which DoRA then scales. A batch without adapters pays one `if` per layer.
-"""
+"""Reading LoRA adapters: from a folder of the PEFT layout to checked factors. `lora` applies them."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from service.engine.native.lora import Factors, Linear, LoadedAdapter
 from service.engine.protocol import AdapterMismatch, AdapterRef
 
 PREFIX = "base_model.model."  # of all names in a PEFT file
@@ -32,70 +25,7 @@ _UNSUPPORTED = (
 )
 
 
-class Factors(NamedTuple):
-    """What an adapter does to one layer: y + x down up, and with DoRA that times `gain` (but for the layer's bias)."""
-
-    down: torch.Tensor  # A^T [in, rank]
-    up: torch.Tensor  # B^T [rank, out], the scale inside
-    gain: torch.Tensor | None = None  # fp32 [out]: magnitude / length of the row of W + scale * B A
-
-
-@dataclass(eq=False)
-class LoadedAdapter:
-    """An adapter's weights on the device, by module name."""
-
-    id: str
-    factors: dict[str, Factors]
-
-
-@dataclass
-class ActiveAdapters:
-    """The adapters of the forward that runs now, each with its rows; shared by all layers of a model."""
-
-    groups: list[tuple[slice, LoadedAdapter]] = field(default_factory=list)
-
-
-class LoraLinear(nn.Module):
-    """Stands in for an `nn.Linear` or `Conv1D`, with the same parameters under the same names."""
-
-    def __init__(self, base: nn.Linear | Conv1D, name: str, active: ActiveAdapters) -> None:
-        super().__init__()
-        self.weight, self.bias = base.weight, base.bias
-        self._transposed = isinstance(base, Conv1D)
-        self._name, self._active = name, active
-        rows, columns = base.weight.shape
-        self.in_features, self.out_features = (rows, columns) if self._transposed else (columns, rows)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.rows(), self.bias)
-        if self._active.groups:
-            for rows, adapter in self._active.groups:
-                if (factors := adapter.factors.get(self._name)) is not None:
-                    y[rows] += (x[rows] @ factors.down) @ factors.up
-                    if factors.gain is not None:
-                        y[rows] = self._scaled(y[rows], factors.gain)
-        return y
-
-    def _scaled(self, y: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        return y * gain if self.bias is None else (y - self.bias) * gain + self.bias
-
-    def rows(self) -> torch.Tensor:
-        """The weight as [out, in]."""
-        return self.weight.T if self._transposed else self.weight
-
-
-def attach(model: nn.Module, active: ActiveAdapters) -> dict[str, LoraLinear]:
-    """Replace every linear layer of the model; returns them by name."""
-    layers: dict[str, LoraLinear] = {}
-    for name, module in list(model.named_modules()):
-        if type(module) in (nn.Linear, Conv1D):
-            layers[name] = LoraLinear(module, name, active)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, layers[name])
-    return layers
-
-
-def load_adapter(ref: AdapterRef, layers: dict[str, LoraLinear]) -> LoadedAdapter:
+def load_adapter(ref: AdapterRef, layers: dict[str, Linear]) -> LoadedAdapter:
     """Read and check an adapter's folder. AdapterMismatch says what does not fit."""
     try:
         config = json.loads((ref.folder / "adapter_config.json").read_text())
@@ -134,7 +64,7 @@ def _module_name(ref: AdapterRef, key: str) -> str:
 def _factors(
     ref: AdapterRef,
     name: str,
-    layer: LoraLinear,
+    layer: Linear,
     a: torch.Tensor,
     b: torch.Tensor,
     magnitude: torch.Tensor | None,
@@ -142,19 +72,20 @@ def _factors(
 ) -> Factors:
     """The factors of one layer, checked against it, in its dtype and on its device."""
     rank = a.shape[0]
-    wanted = ((rank, layer.in_features), (layer.out_features, rank))
+    out_features, in_features = layer.rows.shape
+    wanted = ((rank, in_features), (out_features, rank))
     if (tuple(a.shape), tuple(b.shape)) != wanted:
         raise AdapterMismatch(
             f"adapter {ref.id} has factors of shape {tuple(a.shape)} and {tuple(b.shape)} for {name}; "
             f"this base model needs {wanted[0]} and {wanted[1]}"
         )
-    if magnitude is not None and tuple(magnitude.shape) != (layer.out_features,):
+    if magnitude is not None and tuple(magnitude.shape) != (out_features,):
         raise AdapterMismatch(
             f"adapter {ref.id} has magnitudes of shape {tuple(magnitude.shape)} for {name}; "
-            f"this base model needs ({layer.out_features},)"
+            f"this base model needs ({out_features},)"
         )
-    scale, like = scale_of(name, rank, config), layer.weight
-    gain = None if magnitude is None else gain_of(merged_rows(layer.rows(), a, b, scale), magnitude)
+    scale, like = scale_of(name, rank, config), layer.rows
+    gain = None if magnitude is None else gain_of(merged_rows(layer.rows, a, b, scale), magnitude)
     return Factors(a.T.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous(), gain)
 
 

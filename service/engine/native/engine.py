@@ -63,8 +63,11 @@ class NativeEngine:
         num_threads: int | None = None,
         stop_token_ids: tuple[int, ...] = (),
         max_context: int | None = None,
+        max_cache_tokens: int | None = None,
     ) -> None:
-        """`max_context` lowers the model's own limit; `num_threads` is torch's, for this process."""
+        """`max_context` lowers the model's own limit; `num_threads` is torch's, for this process; `max_cache_tokens`
+        bounds the cache of keys and values, which otherwise takes its share of the memory that is free."""
+        self._max_cache_tokens = max_cache_tokens
         self.max_context = max_context or 0
         self._folder = folder
         self._tokenizer = tokenizer
@@ -97,7 +100,7 @@ class NativeEngine:
         from service.engine.native.adapters import load_adapter
         from service.engine.native.residency import Residency
 
-        layers = stepper.runner.lora_layers
+        layers = stepper.runner.layers
         self._adapters = Residency(self._max_resident_adapters, lambda ref: load_adapter(ref, layers))
         self.max_context = stepper.max_context
         self._stepper = stepper
@@ -217,18 +220,19 @@ class NativeEngine:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from service.engine.native.runner import Runner
+        from service.engine.native.runner import load_runner
         from service.engine.native.stepper import Stepper
 
         disable_progress_bar()
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
-            runner = Runner(
+            runner = load_runner(
                 self._folder,
-                dtype=self._dtype,
+                self._dtype,
                 max_rows=self._max_batch_size,
                 with_adapters=self._max_resident_adapters > 0,
+                max_cache_tokens=self._max_cache_tokens,
             )
         return Stepper(
             runner,

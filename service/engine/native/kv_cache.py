@@ -1,167 +1,138 @@
-"""Keys and values of all running sequences, one row each, kept so that rows join and leave at any step.
+"""Keys and values of all sequences on the fast path, and how many more fit.
 
-All rows end at one common column, the edge: shorter rows have unused columns at their left, exactly like a left-padded
-batch. So every model that can generate from a left-padded batch runs unchanged (distances between columns are distances
-between tokens, also for windows and for models that mask by index). A step appends one column; buffers grow by doubling
-and slide back when the edge reaches their end, so a step writes one column and copies nothing.
+A sequence's states lie in one row of a pool, and the rows of a pool have one capacity; capacities double from pool to
+pool, so a row is at least half full but in the shortest pool, and a sequence that outgrows its row moves to the next
+pool. The rows in use are the first ones of their pool: one matrix product over a view serves them all, without a
+gather through block tables, which on a CPU costs more than the product itself.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-_FIRST_COLUMNS = 256
-_FIRST_ROWS = 4
+SHORTEST = 128  # tokens in a row of the first pool
+_FEWEST_ROWS = 4
 
 
-def keys_and_values(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one layer of any cache of attention states."""
-    assert isinstance(layer, CacheLayerMixin)
-    assert layer.keys is not None
-    assert layer.values is not None
-    return layer.keys, layer.values
+@dataclass(frozen=True)
+class StateShape:
+    """What one token keeps."""
 
-
-class _Span:
-    """The part of the buffers that the current forward sees, shared by all layers."""
-
-    def __init__(self) -> None:
-        self.num_rows = 0
-        self.start = 0  # first column of the longest row
-        self.edge = 0  # one past the last column
+    num_layers: int
+    num_heads: int  # of keys and values
+    head_size: int
+    dtype: torch.dtype
+    device: torch.device
 
     @property
-    def width(self) -> int:
-        """Columns of the longest row."""
-        return self.edge - self.start
+    def token_bytes(self) -> int:
+        """Bytes of keys and values of one token, all layers together."""
+        return 2 * self.num_layers * self.num_heads * self.head_size * self.dtype.itemsize
 
 
-class _RowLayer(CacheLayerMixin):
-    """One layer's buffers [rows, heads, columns, head size]; created when their shape is first seen."""
+@dataclass(eq=False)
+class Row:
+    """Where one sequence's states lie."""
 
-    is_sliding = False
+    pool: Pool
+    number: int  # in the pool; changes when another row closes
+    length: int = 0  # tokens whose states are there
 
-    def __init__(self, span: _Span) -> None:
-        super().__init__()
-        self._span = span
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the newest column and return what attention reads: views, no copies."""
-        span = self._span
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[: span.num_rows, :, span.edge - 1] = key_states[:, :, 0]
-        self.values[: span.num_rows, :, span.edge - 1] = value_states[:, :, 0]
-        seen = (slice(span.num_rows), slice(None), slice(span.start, span.edge))
-        return self.keys[seen], self.values[seen]
-
-    def relocate(self, like: tuple[torch.Tensor, torch.Tensor], rows: int, columns: int, start: int) -> None:
-        """Make the buffers this large and let the seen columns begin at `start`. Zeros: the masked must be finite."""
-        span = self._span
-        for name, states in zip(("keys", "values"), like, strict=True):
-            old = new = getattr(self, name)
-            if old is None or (old.shape[0], old.shape[2]) != (rows, columns):
-                new = states.new_zeros(rows, states.shape[1], columns, states.shape[3])
-            if old is not None:
-                seen = old[: span.num_rows, :, span.start : span.edge]
-                new[: span.num_rows, :, start : start + span.width] = seen.clone() if new is old else seen
-            setattr(self, name, new)
-        self.is_initialized = True
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._span.width, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens before the newest one."""
-        return self._span.width - 1
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("rows are written before they are read")
+    def states(self, start: int, end: int) -> torch.Tensor:
+        """[layers, 2, heads, end - start, head size]: keys and values of some tokens, a view."""
+        return self.pool.states[:, :, self.number, :, start:end]
 
 
-class RowCache(Cache):
-    """The batch's cache: `rearrange` when sequences join or leave, `advance` before each forward."""
+class Pool:
+    """Rows of one capacity."""
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
-        super().__init__(layers=[])
-        self._buffers: list[_RowLayer] = []  # the same objects as `layers`
-        self._span = _Span()
-        self._max_rows = max_rows
-        self._num_rows = self._num_columns = 0  # allocated
-        self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)  # tokens in each row
-        self._column_numbers = torch.arange(0, device=device)
+    def __init__(self, shape: StateShape, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: list[Row] = []
+        self._shape = shape
+        self.states = self._allocate(0)
 
-    def rearrange(
-        self, moves: list[tuple[int, int]], seats: list[tuple[int, DynamicCache, int]], num_rows: int
-    ) -> None:
-        """Copy whole rows (from, to), then put prompts read on their own into (row, cache, length)."""
-        span = self._span
-        if len(seats) == num_rows:
-            span.start = span.edge = 0
-        if seats:
-            self._make_room(seats[0][1], num_rows, max(length for _, _, length in seats))
-        if moves:
-            old, new = (torch.tensor(rows, device=self.lengths.device) for rows in zip(*moves, strict=True))
-            self.lengths[new] = self.lengths[old]
-            for layer in self._buffers:
-                for buffer in keys_and_values(layer):
-                    seen = buffer[:, :, span.start : span.edge]
-                    seen[new] = seen[old]
-        span.num_rows = num_rows
-        for row, prompt, length in seats:
-            self._write(row, prompt, length)
-        longest = int(self.lengths[:num_rows].max()) if num_rows else 0
-        span.start = span.edge - longest
+    def _allocate(self, num_rows: int) -> torch.Tensor:
+        """[layers, 2, rows, heads, capacity, head size]. Zeros: what is masked is read, and must be finite."""
+        s = self._shape
+        sizes = (s.num_layers, 2, num_rows, s.num_heads, self.capacity, s.head_size)
+        return torch.zeros(sizes, dtype=s.dtype, device=s.device)
 
-    def advance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Open the next column; returns the new tokens' positions [rows, 1] and the padding mask [rows, columns]."""
-        span = self._span
-        if span.edge == self._num_columns:
-            self._relocate(self, span.width + 1, self._num_rows, 0)
-        span.edge += 1
-        lengths = self.lengths[: span.num_rows]
-        positions = lengths.unsqueeze(1).clone()
-        lengths += 1
-        mask = self._column_numbers[: span.width] >= (span.width - lengths).unsqueeze(1)
-        return positions, mask
+    def add(self) -> Row:
+        """One more row."""
+        row = Row(self, len(self.rows))
+        if row.number == self.states.shape[2]:
+            self._resize(max(_FEWEST_ROWS, 2 * row.number))
+        self.rows.append(row)
+        return row
 
-    def _write(self, row: int, prompt: DynamicCache, length: int) -> None:
-        """One prompt into one row, its last token at the edge."""
-        columns = slice(self._span.edge - length, self._span.edge)
-        for layer, read in zip(self._buffers, prompt.layers, strict=True):
-            for buffer, states in zip(keys_and_values(layer), keys_and_values(read), strict=True):
-                buffer[row, :, columns] = states[0]
-        self.lengths[row] = length
+    def remove(self, row: Row) -> None:
+        """Close a row; the last one takes its place."""
+        last = self.rows.pop()
+        if last is not row:
+            self.states[:, :, row.number, :, : last.length] = last.states(0, last.length)
+            last.number = row.number
+            self.rows[row.number] = last
+        if len(self.rows) <= self.states.shape[2] // 4:
+            self._resize(max(_FEWEST_ROWS, self.states.shape[2] // 2) if self.rows else 0)
 
-    def _make_room(self, like: Cache, num_rows: int, length: int) -> None:
-        """Room for more rows, and for a row of `length` that ends at the edge."""
-        if not self.layers:
-            self._buffers = [_RowLayer(self._span) for _ in like.layers]
-            self.layers = list(self._buffers)
-        if num_rows <= self._num_rows and length <= self._span.edge:
-            return
-        rows = self._num_rows
-        if num_rows > rows:
-            rows = min(self._max_rows, max(_FIRST_ROWS, num_rows, 2 * rows))
-        width = max(length, self._span.width)
-        self._relocate(like, width + 1, rows, width - self._span.width)
-        self._span.edge = max(self._span.edge, width)
+    def _resize(self, num_rows: int) -> None:
+        states = self._allocate(num_rows)
+        kept = min(num_rows, self.states.shape[2])
+        states[:, :, :kept] = self.states[:, :, :kept]
+        self.states = states
 
-    def _relocate(self, like: Cache, min_columns: int, rows: int, start: int) -> None:
-        """Move the seen columns to `start`, in buffers at least twice as wide as needed, so that this stays rare."""
-        columns = max(_FIRST_COLUMNS, self._num_columns)
-        while columns < 2 * min_columns:
-            columns *= 2
-        for layer, shape in zip(self._buffers, like.layers, strict=True):
-            layer.relocate(keys_and_values(shape), rows, columns, start)
-        span = self._span
-        span.start, span.edge = start, start + span.width
-        self._num_rows, self._num_columns = rows, columns
-        self._column_numbers = torch.arange(columns, device=self.lengths.device)
+
+class KvCache:
+    """All pools, and the bound on what they hold together."""
+
+    def __init__(self, shape: StateShape, max_tokens: int) -> None:
+        """`max_tokens` bounds the capacities of all rows together."""
+        self.shape, self.max_tokens = shape, max_tokens
+        self.num_held = 0  # tokens for which there is room in open rows
+        self._pools: dict[int, Pool] = {}
+
+    @property
+    def pools(self) -> list[Pool]:
+        """Those with rows, shortest first."""
+        return [pool for _, pool in sorted(self._pools.items()) if pool.rows]
+
+    def open(self, num_tokens: int) -> Row | None:
+        """A row with room for so many tokens; None when the cache is full."""
+        capacity = row_capacity(num_tokens)
+        if self.num_held + capacity > self.max_tokens:
+            return None
+        self.num_held += capacity
+        return self._pool(capacity).add()
+
+    def grow(self, row: Row, num_tokens: int) -> bool:
+        """Make room for so many tokens in all, in a longer row if need be; False when the cache is full."""
+        if num_tokens <= row.pool.capacity:
+            return True
+        capacity = row_capacity(num_tokens)
+        if self.num_held + capacity - row.pool.capacity > self.max_tokens:
+            return False
+        longer = self._pool(capacity).add()
+        longer.states(0, row.length).copy_(row.states(0, row.length))
+        self.num_held += capacity - row.pool.capacity
+        row.pool.remove(row)
+        row.pool, row.number = longer.pool, longer.number
+        row.pool.rows[row.number] = row
+        return True
+
+    def close(self, row: Row) -> None:
+        """Free a row."""
+        self.num_held -= row.pool.capacity
+        row.pool.remove(row)
+
+    def _pool(self, capacity: int) -> Pool:
+        if capacity not in self._pools:
+            self._pools[capacity] = Pool(self.shape, capacity)
+        return self._pools[capacity]
+
+
+def row_capacity(num_tokens: int) -> int:
+    """Of the shortest row with room for so many tokens."""
+    return max(SHORTEST, 1 << (num_tokens - 1).bit_length())

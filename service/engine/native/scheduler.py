@@ -1,6 +1,8 @@
-"""Who runs next: the waiting line, the rows of the batch, and which rows move when sequences join or leave.
+"""Who reads how many tokens in the next step. Pure: no torch, no threads, no clocks.
 
-Pure: no torch, no threads, no clocks. First come, first served; a running sequence is never set back: nobody starves.
+First come, first served. Sequences that are generating read their newest token in every step, so no prompt stalls them
+for longer than the tokens that a step may read. When the cache is full, the youngest sequence gives its place up and
+waits at the front of the line, with what it has generated: the oldest always goes on, so nobody starves.
 """
 
 from __future__ import annotations
@@ -8,115 +10,104 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Schedulable(Protocol):
     """What the scheduler must know of a sequence."""
 
+    place: Any  # set by `open`; None while it has none
+
     @property
     def owner(self) -> Hashable:
-        """Its request; sequences of one request may share a prefill, and are cancelled together."""
+        """Its request; sequences of one request are cancelled together."""
         ...
 
     @property
-    def group(self) -> str:
-        """Its adapter ("" for the base model); rows of one group lie side by side in the batch."""
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        ...
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it has not yet read its prompt."""
         ...
 
 
 S = TypeVar("S", bound=Schedulable)
 
 
-@dataclass(frozen=True, slots=True)
-class Layout(Generic[S]):
-    """How the batch changes before the next forward."""
+class Room(Protocol[S]):  # type: ignore[misc]  # S is only taken
+    """Places for sequences."""
 
-    moves: list[tuple[int, int]]  # row contents (from, to); all are read before any is written
-    seats: list[tuple[int, S]]  # rows of the sequences that join, written after the moves
-    groups: list[tuple[str, slice]]  # rows of each group, in row order
+    def open(self, sequence: S) -> bool:
+        """Give it a place; False when there is none."""
+        ...
+
+    def grow(self, sequence: S) -> bool:
+        """Make room for all its tokens; False when there is none."""
+        ...
+
+    def close(self, sequence: S) -> None:
+        """Take its place away."""
+        ...
 
 
 @dataclass
 class Scheduler(Generic[S]):
-    """Rows 0..n-1 of the batch are `running`; `joining` holds the sequences whose prompt is being read."""
+    """The waiting line and the sequences with a place."""
 
+    room: Room[S]
     max_batch_size: int
+    max_prompt_tokens: int  # of prompts in one step
     waiting: deque[S] = field(default_factory=deque)
-    joining: list[S] = field(default_factory=list)
-    running: list[S] = field(default_factory=list)  # in row order, as of the last `arrange`
-    _joined: list[S] = field(default_factory=list)  # read, without a row yet
-    _left: set[int] = field(default_factory=set)  # rows freed since the last `arrange`
+    running: list[S] = field(default_factory=list)  # oldest first
 
     def submit(self, sequences: list[S]) -> None:
         """Join the end of the line."""
         self.waiting.extend(sequences)
 
-    def admit(self) -> list[S]:
-        """The next sequences to prefill together (one prompt), as far as there are free rows; empty if none."""
-        assert not self.joining, "one prompt is read at a time"
-        num_free = self.max_batch_size - self.num_running
-        while self.waiting and len(self.joining) < num_free:
-            if self.joining and self.waiting[0].owner != self.joining[0].owner:
-                break
-            self.joining.append(self.waiting.popleft())
-        return list(self.joining)
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that hold a row or are about to."""
-        return len(self.running) - len(self._left) + len(self._joined) + len(self.joining)
-
-    def join(self) -> None:
-        """The prompt has been read: its sequences get rows at the next `arrange`."""
-        self._joined.extend(self.joining)
-        self.joining.clear()
-
     def finish(self, sequence: S) -> None:
-        """A sequence with a row, or joined and about to get one, has ended."""
-        if sequence in self._joined:
-            self._joined.remove(sequence)
-        else:
-            self._left.add(self.running.index(sequence))
+        """A running sequence has ended."""
+        self.running.remove(sequence)
+        self.room.close(sequence)
 
-    def cancel(self, owner: Hashable) -> list[S]:
-        """Drop every sequence of a request, wherever it is; returns them."""
-        dropped = [s for s in self.waiting if s.owner == owner]
-        if dropped:
-            self.waiting = deque(s for s in self.waiting if s.owner != owner)
-        for place in (self.joining, self._joined):
-            dropped += [s for s in place if s.owner == owner]
-            place[:] = [s for s in place if s.owner != owner]
-        rows = [row for row, s in enumerate(self.running) if s.owner == owner and row not in self._left]
-        self._left.update(rows)
-        return dropped + [self.running[row] for row in rows]
+    def cancel(self, owner: Hashable) -> None:
+        """Drop every sequence of a request, wherever it is."""
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.owner != owner)
+        for sequence in [sequence for sequence in self.running if sequence.owner == owner]:
+            self.finish(sequence)
 
-    @property
-    def has_changed(self) -> bool:
-        """Whether `arrange` has something to do."""
-        return bool(self._left or self._joined)
+    def plan(self) -> list[tuple[S, int]]:
+        """Each sequence that reads in the next step, and how many tokens; the order is that of `running`."""
+        self._make_room()
+        self._admit()
+        budget, step = self.max_prompt_tokens, []
+        for sequence in self.running:
+            num_unread = sequence.num_tokens - sequence.place.length
+            if num_unread > 1 or sequence.is_reading:
+                num_unread = min(num_unread, budget)
+                budget -= num_unread
+            if num_unread:
+                step.append((sequence, num_unread))
+        return step
 
-    def arrange(self) -> Layout[S]:
-        """Close the gaps and seat the joined sequences: groups side by side, as few rows moved as possible."""
-        old_row = {id(s): row for row, s in enumerate(self.running) if row not in self._left}
-        stay = [s for row, s in enumerate(self.running) if row not in self._left] + self._joined
-        members: dict[str, list[S]] = {}
-        for sequence in stay:
-            members.setdefault(sequence.group, []).append(sequence)
-        self.running, groups = [], []
-        for group in sorted(members):
-            rows = slice(len(self.running), len(self.running) + len(members[group]))
-            groups.append((group, rows))
-            self.running += self._seat(members[group], old_row, rows)
-        self._joined, self._left = [], set()
-        new_row = {id(s): row for row, s in enumerate(self.running)}
-        moves = [(old, new_row[key]) for key, old in old_row.items() if new_row[key] != old]
-        seats = [(row, s) for row, s in enumerate(self.running) if id(s) not in old_row]
-        return Layout(moves, seats, groups)
+    def _make_room(self) -> None:
+        """Let every running sequence grow by its newest token, at the cost of the youngest ones."""
+        for sequence in list(self.running):
+            while sequence in self.running and not self.room.grow(sequence):
+                youngest = self.running.pop()
+                self.room.close(youngest)
+                self.waiting.appendleft(youngest)
 
-    @staticmethod
-    def _seat(members: list[S], old_row: dict[int, int], rows: slice) -> list[S]:
-        """One group in row order: who already sits within the group's rows keeps the row, the others fill the gaps."""
-        kept = {row: s for s in members if rows.start <= (row := old_row.get(id(s), -1)) < rows.stop}
-        others = iter([s for s in members if old_row.get(id(s), -1) not in kept])
-        return [kept[row] if row in kept else next(others) for row in range(rows.start, rows.stop)]
+    def _admit(self) -> None:
+        """Let in who can read in this step. Choices of one prompt wait until the first of them has read it."""
+        num_unread = sum(s.num_tokens - s.place.length for s in self.running if s.is_reading)
+        reading = {sequence.owner for sequence in self.running if sequence.is_reading}
+        while self.waiting and len(self.running) < self.max_batch_size and num_unread < self.max_prompt_tokens:
+            sequence = self.waiting[0]
+            if sequence.owner in reading or not self.room.open(sequence):
+                return
+            self.running.append(self.waiting.popleft())
+            num_unread += sequence.num_tokens - sequence.place.length
+            reading.add(sequence.owner)

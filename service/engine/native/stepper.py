@@ -1,4 +1,4 @@
-"""One step of the engine: read prompts a little, decode one token for every row, turn tokens into deltas.
+"""One step of the engine: read newest tokens and pieces of prompts, choose tokens, turn tokens into deltas.
 
 Joins scheduler, runner, sampler and text; used from the engine's thread only. `num_…` may be read from any thread.
 """
@@ -6,12 +6,12 @@ Joins scheduler, runner, sampler and text; used from the engine's thread only. `
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from service.engine.detokenizer import ChoiceText, TokenDecoder
-from service.engine.native.runner import Prompt, Runner
+from service.engine.native.runner import Feed, Runner
 from service.engine.native.sampler import BatchSampler, SamplerState
 from service.engine.native.scheduler import Scheduler
 from service.engine.protocol import Delta
@@ -19,21 +19,48 @@ from service.engine.protocol import Delta
 if TYPE_CHECKING:
     from service.engine.native.engine import Stream
 
-PREFILL_TOKENS_PER_STEP = 512  # prompt tokens read between two decode steps: bounds how long running streams wait
+PROMPT_TOKENS_PER_STEP = 512  # bounds how long running streams wait for the prompts of others
 
 
 class Sequence:
     """One choice of a request while it is generated."""
 
-    __slots__ = ("first_token", "group", "owner", "prompt", "sampler", "text")
+    __slots__ = ("adapter", "num_prompt", "owner", "place", "sampler", "text", "token_ids")
 
     def __init__(self, stream: Stream, index: int, text: ChoiceText) -> None:
-        self.owner = stream
-        self.group = stream.adapter.id if stream.adapter else ""
-        self.text = text
+        self.owner, self.adapter, self.text = stream, stream.adapter, text
         self.sampler = SamplerState(stream.request.sampling, index)
-        self.prompt: Prompt | None = None  # from when it has been read until the sequence has a row
-        self.first_token = 0
+        self.token_ids = list(stream.request.prompt_token_ids)  # and what was generated
+        self.num_prompt = len(self.token_ids)
+        self.place: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self.token_ids)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it has not yet read its prompt."""
+        return bool(self.place.length < self.num_prompt)
+
+
+class _Room:
+    """The runner's places, for the scheduler."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def open(self, sequence: Sequence) -> bool:
+        sequence.place = self._runner.open(sequence.token_ids, sequence.adapter)
+        return sequence.place is not None
+
+    def grow(self, sequence: Sequence) -> bool:
+        return self._runner.grow(sequence.place, sequence.num_tokens)
+
+    def close(self, sequence: Sequence) -> None:
+        self._runner.close(sequence.place)
+        sequence.place = None
 
 
 class Stepper:
@@ -47,28 +74,27 @@ class Stepper:
         max_batch_size: int,
         stop_token_ids: frozenset[int],
         max_context: int | None,
-        prefill_tokens_per_step: int = PREFILL_TOKENS_PER_STEP,
+        prompt_tokens_per_step: int = PROMPT_TOKENS_PER_STEP,
     ) -> None:
         self.runner = runner
         self.max_context = min(runner.max_context, max_context or runner.max_context)
         self.num_generated_tokens = 0
         self._decoder = decoder
         self._stop_token_ids = stop_token_ids
-        self._prefill_tokens_per_step = prefill_tokens_per_step
-        self._scheduler: Scheduler[Sequence] = Scheduler(max_batch_size)
-        self._prompt: Prompt | None = None  # being read, for the scheduler's joining sequences
+        self._scheduler: Scheduler[Sequence] = Scheduler(_Room(runner), max_batch_size, prompt_tokens_per_step)
+        self._sampled: list[Sequence] = []  # whom the sampler is for
         self._sampler = BatchSampler([], runner.device)
         self._deltas: defaultdict[Stream, list[Delta]] = defaultdict(list)
 
     @property
     def num_running(self) -> int:
         """Sequences past the waiting line."""
-        return self._scheduler.num_running
+        return len(self._scheduler.running)
 
     @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not self._scheduler.waiting and self._scheduler.num_running == 0
+        return not self._scheduler.waiting and not self._scheduler.running
 
     def submit(self, stream: Stream) -> None:
         """Put a request's choices into the waiting line."""
@@ -90,62 +116,38 @@ class Stepper:
         )
 
     def cancel(self, stream: Stream) -> None:
-        """Drop what is left of a request; its rows are free at the next step."""
+        """Drop what is left of a request; its places are free at once."""
         self._scheduler.cancel(stream)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Stream, list[Delta]]]:
         """Advance everything; returns the new deltas by request."""
-        self._read_prompts()
-        if self._scheduler.has_changed:
-            self._rearrange()
-        if running := self._scheduler.running:
-            tokens = self.runner.extend(self._sampler(self.runner.decode()))
-            for sequence, token in zip(running, tokens, strict=True):
-                self._take(sequence, token)
+        feeds, ending, read = [], [], []
+        for sequence, num in self._scheduler.plan():
+            start = sequence.place.length
+            ends = start + num == sequence.num_tokens
+            feeds.append(Feed(sequence.place, sequence.token_ids[start : start + num], sequence.adapter, ends))
+            if ends:
+                ending.append(sequence)
+                if num > 1:
+                    read.append(sequence)
+        if feeds:
+            logits = self.runner.forward(feeds)
+            for sequence in read:
+                self.runner.keep(sequence.place, sequence.token_ids, sequence.adapter)
+            if ending:
+                self._choose(ending, logits)
         step, self._deltas = list(self._deltas.items()), defaultdict(list)
         return step
 
-    def _read_prompts(self) -> None:
-        """Spend this step's prompt tokens; a prompt that is read gives its sequences their first tokens."""
-        budget = self._prefill_tokens_per_step
-        while budget > 0:
-            if not self._scheduler.joining:  # also after a cancel of all whose prompt was being read
-                joining = self._scheduler.admit()
-                if not joining:
-                    self._prompt = None
-                    return
-                self._prompt = Prompt(joining[0].owner.request.prompt_token_ids, joining[0].owner.adapter)
-            assert self._prompt is not None
-            num_left = self._prompt.num_left
-            logits = self.runner.read(self._prompt, budget)
-            budget -= num_left - self._prompt.num_left
-            if logits is not None:
-                self._join(logits, self._prompt)
-
-    def _join(self, logits: torch.Tensor, prompt: Prompt) -> None:
-        """First tokens of the sequences whose prompt has been read."""
-        joining = list(self._scheduler.joining)
-        self._scheduler.join()
-        sampler = BatchSampler([sequence.sampler for sequence in joining], self.runner.device)
-        tokens: list[int] = sampler(logits.repeat(len(joining), 1)).tolist()
-        for sequence, token in zip(joining, tokens, strict=True):
-            sequence.prompt, sequence.first_token = prompt, token
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """The next token of each sequence."""
+        if sequences != self._sampled:
+            self._sampled = sequences
+            self._sampler = BatchSampler([sequence.sampler for sequence in sequences], self.runner.device)
+        for sequence, token in zip(sequences, self._sampler(logits).tolist(), strict=True):
+            sequence.token_ids.append(token)
             self._take(sequence, token)
-
-    def _rearrange(self) -> None:
-        """Bring the runner's rows into the scheduler's new order."""
-        layout = self._scheduler.arrange()
-        running = self._scheduler.running
-        seats = []
-        for row, sequence in layout.seats:
-            assert sequence.prompt is not None
-            seats.append((row, sequence.prompt, sequence.first_token))
-            sequence.prompt = None
-        adapters = [(rows, running[rows.start].owner.adapter) for _, rows in layout.groups]
-        groups = [(rows, adapter) for rows, adapter in adapters if adapter is not None]
-        self.runner.rearrange(layout.moves, seats, groups, len(running))
-        self._sampler = BatchSampler([sequence.sampler for sequence in running], self.runner.device)
 
     def _take(self, sequence: Sequence, token: int) -> None:
         """A chosen token becomes text, and perhaps the sequence's end."""

@@ -1,0 +1,147 @@
+"""The fast path: one forward pass over a flat row of tokens, whatever they are: the newest token of each running
+sequence, and pieces of prompts. See `flat_attention`, `kv_cache` and `lora` for how each token finds its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Piece, rounded
+from service.engine.native.fused_layers import fuse
+from service.engine.native.kv_cache import KvCache, Row, StateShape, row_capacity
+from service.engine.native.lora import AdapterStack, LoadedAdapter, attach, linear_layers
+from service.engine.native.prefix_cache import PrefixCache
+from service.engine.native.runner import Feed, context_of
+
+# Model types whose every layer mixes tokens only through the attention interface, plain or with a sliding window, and
+# keeps keys and values of one shape. A test compares each with `generate`.
+FLAT_MODEL_TYPES = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "phi", "phi3", "granite", "olmo"),
+        *("olmo2", "starcoder2", "gpt_neox", "stablelm", "cohere"),
+    }
+)
+_MEMORY_SHARE = {"cpu": 1 / 4, "cuda": 3 / 4}  # of the memory that is free after loading, for keys and values
+_PREFIX_SHARE = 1 / 4  # of the cache, beside it
+
+
+class FlatRunner:
+    """A decoder and the cache of its sequences."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, max_rows: int, with_adapters: bool, max_cache_tokens: int | None
+    ) -> None:
+        """`max_cache_tokens` bounds the cache; without it, the memory that is free."""
+        config = model.config.get_text_config()
+        self.device = model.device
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        self.max_context = context_of(model)
+        self.layers = linear_layers(model) if with_adapters else {}
+        self._model = model
+        self._stack = AdapterStack()
+        model.set_attn_implementation(FLAT)
+        fuse(model, self._stack)
+        if with_adapters:
+            attach(model, self._stack)
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = StateShape(config.num_hidden_layers, num_heads, size, model.dtype, self.device)
+        max_tokens = max_cache_tokens or min(
+            max_rows * row_capacity(self.max_context), int(_free_bytes(self.device) // shape.token_bytes)
+        )
+        self.cache = KvCache(shape, max_tokens)
+        self.prefixes = PrefixCache(int(_PREFIX_SHARE * max_tokens))
+        while row_capacity(self.max_context) > max_tokens:
+            self.max_context = row_capacity(self.max_context) // 2
+
+    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> Row | None:
+        """See Runner."""
+        row = self.cache.open(len(token_ids) + 1)
+        if row is not None:
+            self.prefixes.fill(row, token_ids, _id(adapter))
+        return row
+
+    def grow(self, place: Row, num_tokens: int) -> bool:
+        """See Runner."""
+        return self.cache.grow(place, num_tokens)
+
+    def keep(self, place: Row, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> None:
+        """See Runner."""
+        self.prefixes.keep(place, token_ids, _id(adapter))
+
+    def close(self, place: Row) -> None:
+        """See Runner."""
+        self.cache.close(place)
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """See Runner."""
+        newest = sorted(
+            (feed for feed in feeds if len(feed.token_ids) == 1),
+            key=lambda feed: (feed.place.pool.capacity, feed.place.number),
+        )
+        pieces = [feed for feed in feeds if len(feed.token_ids) > 1]
+        token_ids = [feed.token_ids[0] for feed in newest]
+        positions = [feed.place.length for feed in newest]
+        last = {id(feed): number for number, feed in enumerate(newest)}
+        parts, adapted = [], []
+        for feed in pieces:
+            tokens = slice(len(token_ids), len(token_ids) + len(feed.token_ids))
+            parts.append(Piece(feed.place, feed.place.length, tokens))
+            token_ids += feed.token_ids
+            positions += range(feed.place.length, feed.place.length + len(feed.token_ids))
+            last[id(feed)] = tokens.stop - 1
+            if feed.adapter is not None:
+                adapted.append((tokens, feed.adapter))
+        padding = [0] * (_rounded_tokens(len(token_ids)) - len(token_ids))
+        plan = AttentionPlan(self._newest(newest), parts, len(token_ids) + len(padding))
+        self._stack.plan = self._stack.make_plan([feed.adapter for feed in newest], adapted, self.device)
+        wanted = [last[id(feed)] for feed in feeds if feed.ends]
+        kept = wanted + [0] * (_rounded_tokens(len(wanted)) - len(wanted))
+        logits = self._model(
+            input_ids=torch.tensor([token_ids + padding], device=self.device),
+            position_ids=torch.tensor([positions + padding], device=self.device),
+            logits_to_keep=torch.tensor(kept, device=self.device),
+            use_cache=False,
+            plan=plan,
+        ).logits
+        for feed in feeds:
+            feed.place.length += len(feed.token_ids)
+        found: torch.Tensor = logits[0, : len(wanted)].float()
+        return found
+
+    def _newest(self, feeds: list[Feed]) -> list[Newest]:
+        parts, start = [], 0
+        for _, group in groupby(feeds, key=lambda feed: feed.place.pool.capacity):
+            rows: list[Row] = [feed.place for feed in group]
+            part = Newest(
+                pool=rows[0].pool,
+                rows=torch.tensor([row.number for row in rows], device=self.device),
+                positions=torch.tensor([row.length for row in rows], device=self.device),
+                tokens=slice(start, start + len(rows)),
+                num_rows=rows[-1].number + 1,
+                num_keys=min(rounded(1 + max(row.length for row in rows)), rows[0].pool.capacity),
+            )
+            start += len(rows)
+            parts.append(part)
+        return parts
+
+
+def _id(adapter: LoadedAdapter | None) -> str:
+    return adapter.id if adapter is not None else ""
+
+
+def _rounded_tokens(num: int) -> int:
+    return num if num <= 8 else -(-num // 8) * 8 if num <= 64 else rounded(num)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        free: Any = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _MEMORY_SHARE.get(device.type, 1 / 4) * float(free)

@@ -1,0 +1,127 @@
+"""Decoder layers of the Llama family as few large products: q, k and v in one, gate and up in one.
+
+transformers' own layers run as well, through `flat_attention`; they take twice the time per layer at small batches,
+most of it for starting small kernels. `fuse` replaces those whose formula is known to be this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from service.engine.native.flat_attention import AttentionPlan
+from service.engine.native.lora import AdapterStack, LinearGroup
+
+# Decoder layers of transformers that compute x + o(attention(rope(norm(qkv(norm x))))), then x + down(act(gate) up).
+FUSED = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+
+
+class _Group(nn.Module):
+    """Linear layers with one input as one product."""
+
+    def __init__(self, layers: list[nn.Linear], names: list[str], stack: AdapterStack) -> None:
+        super().__init__()
+        self.weight = torch.cat([layer.weight for layer in layers]).detach()
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).detach()
+        for layer, rows in zip(layers, self.weight.split([layer.out_features for layer in layers]), strict=True):
+            layer.weight.data = rows  # the layer's own memory goes
+        self.lora = LinearGroup(
+            tuple(names), layers[0].in_features, tuple(layer.out_features for layer in layers), stack
+        )
+        self.lora.bias = self.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return self.lora.adapt(x, y) if self.lora.is_adapted else y
+
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + forward(x)."""
+        if self.bias is None and not self.lora.is_adapted:
+            return torch.addmm(residual, x, self.weight.t())
+        return residual + self(x)
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer; same inputs and output as transformers'."""
+
+    def __init__(self, layer: Any, name: str, stack: AdapterStack) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def group(parent: nn.Module, path: str, *members: str) -> _Group:
+            layers = [getattr(parent, member) for member in members]
+            return _Group(layers, [f"{name}.{path}.{member}" for member in members], stack)
+
+        self._qkv = group(attention, "self_attn", "q_proj", "k_proj", "v_proj")
+        self._o = group(attention, "self_attn", "o_proj")
+        self._gate_up = group(mlp, "mlp", "gate_proj", "up_proj")
+        self._down = group(mlp, "mlp", "down_proj")
+        self._activation = mlp.act_fn
+        self._index, self._scale = attention.layer_idx, attention.scaling
+        self._window: int | None = getattr(attention, "sliding_window", _window_of_all_layers(attention))
+        self._head_size: int = attention.head_dim
+        self._num_heads = attention.q_proj.out_features // self._head_size
+        self._num_kv_heads = attention.k_proj.out_features // self._head_size
+        self._norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._qk_norm = _qk_norm(attention, self._num_heads, self._num_kv_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        **_: Any,
+    ) -> torch.Tensor:
+        """[1, tokens, width] from the same."""
+        x = hidden_states[0]
+        qkv = self._qkv(_rms_norm(x, self._norm)).view(len(x), -1, self._head_size)
+        rotated = qkv[:, : self._num_heads + self._num_kv_heads]
+        if self._qk_norm is not None:
+            weight, eps = self._qk_norm
+            rotated = F.rms_norm(rotated, (self._head_size,), None, eps) * weight
+        rotated = _rotate(rotated, position_embeddings, plan)
+        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
+        value = qkv[:, self._num_heads + self._num_kv_heads :]
+        attended = plan.attend(self._index, query, key, value, self._scale, self._window)
+        x = self._o.added_to(x, attended.flatten(1))
+        gate, up = self._gate_up(_rms_norm(x, self._mlp_norm)).chunk(2, dim=-1)
+        return self._down.added_to(x, self._activation(gate) * up)[None]
+
+
+def _window_of_all_layers(attention: Any) -> int | None:
+    """Mistral's layers read it from the configuration; Llama's have none."""
+    return getattr(attention.config, "sliding_window", None) if attention.config.model_type == "mistral" else None
+
+
+def _qk_norm(attention: Any, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, float] | None:
+    """Weights [heads of queries and keys, head size] of norms over each head, where a model has them."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    weights = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_kv_heads, -1)]
+    return torch.cat(weights).detach(), attention.q_norm.variance_epsilon
+
+
+def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan) -> torch.Tensor:
+    """Rotary embedding (Su et al. 2021) of [tokens, heads, head size]: x cos + (-x2, x1) sin, x = (x1, x2)."""
+    if "rotation" not in plan.shared:
+        cos, sin = (part[0, :, None] for part in angles)
+        half = sin.shape[-1] // 2
+        plan.shared["rotation"] = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    cos, signed = plan.shared["rotation"]
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed)
+
+
+def fuse(model: nn.Module, stack: AdapterStack) -> None:
+    """Replace the decoder layers that are known."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in FUSED:
+            parent, _, last = name.rpartition(".")
+            siblings: Any = model.get_submodule(parent)
+            siblings[int(last)] = FusedLayer(module, name, stack)

@@ -1,0 +1,154 @@
+"""The step loop for models off the fast path: prompts are read one by one, then all sequences decode as one batch.
+
+Works for every model that can generate from a left-padded batch; see `row_cache`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from service.engine.native import loop_attention
+from service.engine.native.lora import AdapterStack, LoadedAdapter, attach, linear_layers
+from service.engine.native.row_cache import RowCache
+from service.engine.native.runner import Feed, context_of
+
+
+@dataclass(eq=False)
+class LoopPlace:
+    """A sequence: first with a cache of its own, then in a row of the batch."""
+
+    length: int = 0
+    cache: DynamicCache | None = field(default_factory=DynamicCache)
+    is_open: bool = True
+
+
+class LoopRunner:
+    """A model and the rows that it continues."""
+
+    def __init__(self, model: PreTrainedModel, *, max_rows: int, with_adapters: bool) -> None:
+        self.device = model.device
+        self.layers = linear_layers(model) if with_adapters else {}
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        self.max_context = context_of(model)
+        self._model = model
+        self._stack = AdapterStack()
+        loop_attention.install(model)
+        if with_adapters:
+            attach(model, self._stack)
+        parameters = inspect.signature(model.forward).parameters
+        self._has_positions = "position_ids" in parameters
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._cache = RowCache(max_rows, self.device)
+        self._rows: list[LoopPlace] = []  # who sits where in the batch
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        """ValueError for models whose state is more than keys and values per token (recurrent, shared layers)."""
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=self._model.config).layers}
+        place = LoopPlace()
+        self._read(Feed(place, (0,), None, ends=True))
+        layers = place.cache.layers if place.cache is not None else []
+        plain = all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers)
+        if not plain or not kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+            raise ValueError(
+                f"{self._model.config.model_type} models keep a state that this engine cannot batch: {kinds}"
+            )
+
+    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> LoopPlace:
+        """See Runner; there is always room for as many rows as the scheduler admits."""
+        return LoopPlace()
+
+    def grow(self, place: LoopPlace, num_tokens: int) -> bool:
+        """See Runner."""
+        return True
+
+    def keep(self, place: LoopPlace, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> None:
+        """Nothing is remembered."""
+
+    def close(self, place: LoopPlace) -> None:
+        """See Runner; the row is free at the next pass."""
+        place.is_open = False
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """See Runner."""
+        found: dict[int, torch.Tensor] = {}
+        newest = []
+        for feed in feeds:
+            if feed.place in self._rows or (feed.place.length and len(feed.token_ids) == 1):
+                newest.append(feed)
+            elif (logits := self._read(feed)) is not None:
+                found[id(feed)] = logits
+        if newest:
+            self._seat([feed.place for feed in newest])
+            found |= self._decode(newest)
+        for feed in feeds:
+            feed.place.length += len(feed.token_ids)
+        wanted = [found[id(feed)] for feed in feeds if feed.ends]
+        return torch.stack(wanted) if wanted else torch.empty(0, self.vocab_size, device=self.device)
+
+    def _read(self, feed: Feed) -> torch.Tensor | None:
+        """A piece of one prompt, into a cache of its own; the logits [vocabulary] after its end."""
+        place: LoopPlace = feed.place
+        assert place.cache is not None
+        start, stop = place.length, place.length + len(feed.token_ids)
+        pieces = [(slice(0, len(feed.token_ids)), feed.adapter)] if feed.adapter is not None else []
+        self._stack.plan = self._stack.make_plan([], pieces, self.device)
+        positions = torch.arange(start, stop, device=self.device).unsqueeze(0)
+        mask = torch.ones(1, stop, dtype=torch.bool, device=self.device)
+        logits = self._forward(torch.tensor([feed.token_ids], device=self.device), positions, mask, place.cache)
+        return logits[0] if feed.ends else None
+
+    def _seat(self, wanted: list[LoopPlace]) -> None:
+        """Close the gaps of sequences that have ended, then give rows to those that decode for the first time."""
+        moves = []
+        for number in reversed(range(len(self._rows))):
+            if not self._rows[number].is_open:
+                last = self._rows.pop()
+                if number < len(self._rows):
+                    self._rows[number] = last
+                    moves.append((len(self._rows), number))
+        seated = set(map(id, self._rows))
+        newcomers = [place for place in wanted if id(place) not in seated]
+        if not moves and not newcomers and len(self._rows) == self._cache.num_rows:
+            return
+        for source, target in moves:
+            self._cache.rearrange([(source, target)], [], self._cache.num_rows)
+        seats = []
+        for place in newcomers:
+            assert place.cache is not None
+            seats.append((len(self._rows), place.cache, place.length))
+            self._rows.append(place)
+        self._cache.rearrange([], seats, len(self._rows))
+        for place in newcomers:
+            place.cache = None
+
+    def _decode(self, feeds: list[Feed]) -> dict[int, torch.Tensor]:
+        """The newest token of every row; logits [vocabulary] by feed."""
+        by_place = {id(feed.place): feed for feed in feeds}
+        in_order = [by_place[id(place)] for place in self._rows]
+        self._stack.plan = self._stack.make_plan([feed.adapter for feed in in_order], [], self.device)
+        token_ids = torch.tensor([feed.token_ids for feed in in_order], device=self.device)
+        positions, mask = self._cache.advance()
+        logits = self._forward(token_ids, positions, mask, self._cache)
+        return {id(feed): row for feed, row in zip(in_order, logits, strict=True)}
+
+    def _forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | RowCache
+    ) -> torch.Tensor:
+        where = {"position_ids": positions} if self._has_positions else {}
+        output = self._model(
+            input_ids=token_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **where,
+            **self._last_logits,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
