@@ -145,7 +145,7 @@ async def test_a_crash_reaches_every_stream_and_is_seen_as_unhealthy(model_folde
     for stream in streams:
         await anext(stream)
     engine._commands.put(None)  # type: ignore[arg-type]
-    engine._stepper.runner._tokens = None  # type: ignore[union-attr,assignment]
+    engine._stepper.runner._model = None  # type: ignore[union-attr]
     for stream in streams:
         with pytest.raises(EngineFailed):
             async for _ in stream:

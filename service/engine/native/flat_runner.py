@@ -101,7 +101,7 @@ class FlatRunner:
         plan = AttentionPlan(self._newest(newest), parts, len(token_ids) + len(padding))
         self._stack.plan = self._stack.make_plan([feed.adapter for feed in newest], adapted, self.device)
         wanted = [last[id(feed)] for feed in feeds if feed.ends]
-        kept = wanted + [0] * (_rounded_tokens(len(wanted)) - len(wanted))
+        kept = wanted + [0] * (_rounded_tokens(max(1, len(wanted))) - len(wanted))
         logits = self._model(
             input_ids=torch.tensor([token_ids + padding], device=self.device),
             position_ids=torch.tensor([positions + padding], device=self.device),

@@ -115,6 +115,7 @@ class Stepper:
             ]
         )
 
+    @torch.inference_mode()
     def cancel(self, stream: Stream) -> None:
         """Drop what is left of a request; its places are free at once."""
         self._scheduler.cancel(stream)
