@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoConfig,
@@ -35,6 +36,27 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         window_size=7,
     ),
 }
+
+_LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
+_OWN: dict[str, dict[str, object]] = {
+    "gemma": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 9, "layer_types": _LOCAL, "query_pre_attn_scalar": 8},
+    "qwen2": {"sliding_window": 9, "use_sliding_window": True, "layer_types": _LOCAL},
+    "qwen3": {"head_dim": 16},
+    "phi": {"num_key_value_heads": 4},
+    "olmo": {"clip_qkv": 2.0},
+    "starcoder2": {"sliding_window": 9},
+    "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": 4},
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+}
+_ARCHITECTURES = (
+    *("gemma", "gemma3_text", "qwen2", "qwen3", "smollm3", "phi", "phi3", "granite", "olmo", "olmo2", "starcoder2"),
+    *("gpt_neox", "cohere"),
+)
+CONFIGS |= {
+    name: AutoConfig.for_model(name, **{**_ROTARY, "pad_token_id": 0, **_OWN.get(name, {})}) for name in _ARCHITECTURES
+}
+FLAT = ("llama", "mistral-window", *_ARCHITECTURES)  # those of the fast path
 
 
 def save_model(kind: str, folder: Path) -> Path:

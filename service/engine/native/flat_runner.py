@@ -23,7 +23,7 @@ from service.engine.native.runner import Feed, context_of
 FLAT_MODEL_TYPES = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "phi", "phi3", "granite", "olmo"),
-        *("olmo2", "starcoder2", "gpt_neox", "stablelm", "cohere"),
+        *("olmo2", "starcoder2", "gpt_neox", "cohere"),
     }
 )
 _MEMORY_SHARE = {"cpu": 1 / 4, "cuda": 3 / 4}  # of the memory that is free after loading, for keys and values

@@ -62,6 +62,7 @@ class Scheduler(Generic[S]):
     max_prompt_tokens: int  # of prompts in one step
     waiting: deque[S] = field(default_factory=deque)
     running: list[S] = field(default_factory=list)  # oldest first
+    num_preempted: int = 0  # times that a sequence gave its place up
 
     def submit(self, sequences: list[S]) -> None:
         """Join the end of the line."""
@@ -98,6 +99,7 @@ class Scheduler(Generic[S]):
             while sequence in self.running and not self.room.grow(sequence):
                 youngest = self.running.pop()
                 self.room.close(youngest)
+                self.num_preempted += 1
                 self.waiting.appendleft(youngest)
 
     def _admit(self) -> None:
