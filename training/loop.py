@@ -165,7 +165,9 @@ class _Run:
     def _prepare_examples(self) -> None:
         """What the method must know of the start weights, before any others are loaded; then the order of steps."""
         spec, hyper = self.spec, self.spec.hyperparameters
-        parts = self.workers.size * cast(int, hyper.gradient_accumulation_steps)
+        # Of the spec, not of the group: memory, and what counts as a negative, must not depend on how many came.
+        num_shares = max(spec.num_workers, self.workers.size)
+        parts = num_shares * cast(int, hyper.gradient_accumulation_steps)
         self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
         prepared = partial(self.method.prepare, spec, self.model)
         self.train_set = prepared(self.train_set, self.workers, self.micro_batch_size)
@@ -179,6 +181,7 @@ class _Run:
             num_micro_batches=cast(int, hyper.gradient_accumulation_steps),
             rank=self.workers.rank,
             num_workers=self.workers.size,
+            num_shares=num_shares,
         )
 
     def _resume(self) -> None:

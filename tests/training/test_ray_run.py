@@ -50,6 +50,7 @@ class Owner:
             storage_url,
             "runs/many",
             ray.get_runtime_context().current_actor,
+            num_workers=spec.num_workers,
             num_cpus_per_worker=1,
             num_gpus_per_worker=0,
             num_threads=1,
