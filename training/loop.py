@@ -196,11 +196,11 @@ class _Run:
     def _train_step(self) -> Wish:
         """One optimizer step over all workers; returns the wish that they agree on. Failure stops before the update."""
         started = time.perf_counter()
-        self.workers.seed(self.spec.seed, self.step)
         self.trainer.zero()
         sums = self.trainer.sums
         try:
-            for batch, counts in self._micro_batches():
+            for number, (batch, counts) in enumerate(self._micro_batches()):
+                self.workers.seed(self.spec.seed, self.step, number)
                 found = self.loss_sums(self.model, batch.to(self.workers.device))
                 (found.loss * counts).backward()
                 if not counts:

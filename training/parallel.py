@@ -49,9 +49,10 @@ class Workers:
         self.sum_(total)
         return total.item()
 
-    def seed(self, seed: int, step: int) -> None:
-        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
-        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+    def seed(self, seed: int, step: int, number: int) -> None:
+        """Random draws (dropout) of this worker's micro-batch `number` depend on seed, step and the micro-batch alone, so
+        a resumed run repeats them, also with fewer workers that take the same micro-batches."""
+        digest = hashlib.sha256(f"{seed} {step} {self.rank + number * self.size}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def passes(self, num_examples: int, size: int) -> Iterator[list[int]]:

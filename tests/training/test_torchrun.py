@@ -125,7 +125,7 @@ def test_two_workers_with_pools_of_their_own_resume_to_the_bit(storage: Storage,
         storage.delete(key)
     assert train(storage, spec, "runs/one") == whole[-3:]
     assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
-    # In an elastic range a worker alone has the pools of two, so the same loss.
+    # In an elastic range a worker alone has the pools of two, and BERT's dropout on each, so the same loss.
     elastic = spec.model_copy(update={"min_workers": 1})
     agree(train(storage, elastic, "runs/fewer", num_workers=1), whole)
 
