@@ -165,10 +165,8 @@ class _Run:
     def _prepare_examples(self) -> None:
         """What the method must know of the start weights, before any others are loaded; then the order of steps."""
         spec, hyper = self.spec, self.spec.hyperparameters
-        # Of the spec, not of the group: memory, and what counts as a negative, must not depend on how many came.
-        num_shares = max(spec.num_workers, self.workers.size)
-        parts = num_shares * cast(int, hyper.gradient_accumulation_steps)
-        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
+        parts = max(spec.num_workers, self.workers.size) * cast(int, hyper.gradient_accumulation_steps)
+        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)  # also where fewer workers came than asked for
         prepared = partial(self.method.prepare, spec, self.model)
         self.train_set = prepared(self.train_set, self.workers, self.micro_batch_size)
         if self.valid_set:
@@ -181,7 +179,7 @@ class _Run:
             num_micro_batches=cast(int, hyper.gradient_accumulation_steps),
             rank=self.workers.rank,
             num_workers=self.workers.size,
-            num_shares=num_shares,
+            num_shares=spec.num_workers,
         )
 
     def _resume(self) -> None:

@@ -50,7 +50,7 @@ class Workers:
         return total.item()
 
     def seed(self, seed: int, step: int, number: int) -> None:
-        """Random draws (dropout) of this worker's micro-batch `number` depend on seed, step and the micro-batch alone, so
+        """Random draws (dropout) in this worker's micro-batch `number` depend on seed, step and that micro-batch alone:
         a resumed run repeats them, also with fewer workers that take the same micro-batches."""
         digest = hashlib.sha256(f"{seed} {step} {self.rank + number * self.size}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))

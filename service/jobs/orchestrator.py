@@ -61,6 +61,7 @@ class Orchestrator:
         self._epoch: int | None = None
         self._held_until = 0.0  # monotonic; when the lease should be prolonged if nothing was written
         self._next_cleaning = 0.0  # monotonic
+        self._growing = ""  # the run that was last asked to make way for one with more workers
         self._drain_until: float | None = None  # monotonic; set once draining began
         self._drained = threading.Event()
 
@@ -195,22 +196,27 @@ class Orchestrator:
                 events.add(tx, job, text, level="warn", dedup_key=f"{job.id}:never-fits")
 
     def _grow(self) -> None:
-        """Once there is room for all workers of a run that began with fewer, and nobody else waits for it, have the run
-        checkpoint and begin again."""
+        """Once there is room for all workers of a run that began with fewer, and no job that could use it waits, have
+        the run checkpoint and begin again."""
+        live = self._live()
         with self._db.read() as tx:
-            if self._drain_until is not None or jobs.in_state(tx, JobState.QUEUED):
-                return
-        for run, job in self._live():
+            queued = jobs.in_state(tx, JobState.QUEUED)
+        if self._drain_until is not None or any(run.id == self._growing for run, _job in live):
+            return
+        if any(worker_range(job)[0] <= self._launcher.num_slots() for job in queued):
+            return
+        for run, job in live:
             _least, most = worker_range(job)
             num_workers = most if run.num_workers is None else run.num_workers
             if num_workers == most or job.desired != Desired.RUN or not _is_worth_a_restart(run, job):
                 continue
             if num_workers + self._launcher.num_free() >= most:
                 self._launcher.ask_stop(run.id)
+                self._growing = run.id
                 text = f"There is room for {most} workers now: the run makes a checkpoint and begins again with them."
                 with self._write() as tx:
                     events.add(tx, job, text, dedup_key=f"{run.id}:grows")
-                return  # the others see what room is left
+                return
 
     def _reconcile(self) -> None:
         """Bring the deployments in line with the models."""

@@ -11,6 +11,7 @@ from service.jobs import orchestrator
 from service.jobs.launchers import InProcessLauncher
 from service.jobs.queue import Queue
 from service.jobs.recorder import RunRecorder
+from service.jobs.rehearsal import Rehearsal
 from service.jobs.states import JobState
 from service.store import jobs, runs
 from service.store.database import now
@@ -128,6 +129,24 @@ def test_the_number_of_an_attempt_is_stored_and_told(build: Build) -> None:
     assert told(world, wide) == ["Runs with 2 of up to 4 workers: the cluster has no room for more."]
     assert told(world, exact) == ["Runs with 2 of up to 2 workers."]
     assert told(world, plain) == []
+
+
+def test_a_run_that_found_no_room_goes_back_to_the_queue_and_counts_as_no_crash(build: Build) -> None:
+    attempts: list[str] = []
+
+    class Crowded(Rehearsal):
+        def __call__(self, spec: TrainSpec, run_key: str, recorder: RunRecorder) -> None:
+            attempts.append(recorder.run_id)
+            if len(attempts) < 4:
+                recorder.requeue()  # as the run's actor does when Ray Train could not place the workers
+            else:
+                super().__call__(spec, run_key, recorder)
+
+    world = build(make_fit=Crowded, max_attempts=1)
+    job = world.tick_to(world.queue(), JobState.SUCCEEDED)
+    assert world.run(job).attempt == 4
+    with world.db.read() as tx:
+        assert runs.num_lost(tx, job.id) == 0
 
 
 def test_a_run_that_began_with_fewer_begins_again_once_there_is_room_for_all(
