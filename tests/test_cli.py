@@ -134,6 +134,7 @@ def test_train_with_wait_follows_the_job_to_its_model(
 
 def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data: Path, base: str) -> None:
     options = ("--epochs", "7", "--learning-rate", "0.003", "--full", "--validation-file", str(data))
+    options += ("--workers", "1-2")
     tunesmith("train", str(data), "--base-model", base, *options)
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.validation_file is not None
@@ -141,6 +142,7 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     assert job.hyperparameters.n_epochs == 7
     extra = job.model_extra or {}
     assert extra["adapter"] == {"type": "none"}
+    assert extra["num_workers"] == {"min": 1, "max": 2}
     assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
 
 
@@ -236,6 +238,7 @@ def test_jobs_over_cannot_be_steered_and_unknown_ones_are_not_found(tunesmith: T
     tunesmith("jobs", "--cancel", expect=2)
     tunesmith("jobs", "ftjob-none", "--cancel", "--pause", expect=2)
     tunesmith("train", str(data), "--base-model", ECHO, "--full", "--rank", "4", expect=2)
+    assert "1-4" in tunesmith("train", str(data), "--base-model", ECHO, "--workers", "many", expect=2).output
 
 
 def test_chat_streams_one_answer_or_a_conversation(tunesmith: Tunesmith) -> None:
@@ -295,8 +298,18 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
     before = [job.id for job in client.fine_tuning.jobs.list()], [file.id for file in client.files.list()]
-    shown = tunesmith("train", str(data), "--base-model", base, "--rank", "4", "--epochs", "7", "--dry-run").output
-    for words in ("12 to train", "(7 × ", "LoRA of rank 4", "MB for each of 1 worker", "served here", "Nothing was"):
+    shown = tunesmith(
+        "train", str(data), "--base-model", base, "--rank", "4", "--epochs", "7", "--workers", "1-2", "--dry-run"
+    ).output
+    for words in (
+        "12 to train",
+        "(7 × ",
+        "LoRA of rank 4",
+        "MB for each of 1 to 2 worker",
+        "with 2 workers",
+        "served here",
+        "Nothing was",
+    ):
         assert words in shown
     assert ([job.id for job in client.fine_tuning.jobs.list()], [file.id for file in client.files.list()]) == before
     shown = tunesmith("train", str(data), "--base-model", base, "--rank", "512", "--dry-run", expect=1).output

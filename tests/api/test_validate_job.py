@@ -159,6 +159,16 @@ def test_a_body_is_checked_as_by_create(service: tuple[Platform, OpenAI]) -> Non
         assert caught.value.param == param
 
 
+def test_a_range_of_workers_is_planned_for_the_most(service: tuple[Platform, OpenAI]) -> None:
+    _, client = service
+    file_id = send(client, [ROW] * 20)
+    seen = validate(client, file_id, num_workers={"min": 1, "max": 2})
+    assert seen["num_workers"] == {"min": 1, "max": 2}
+    alike = validate(client, file_id, num_workers=2)
+    for name in ("resolved", "peak_memory_bytes", "total_steps"):
+        assert {**seen, "seed": 0}[name] == alike[name]
+
+
 def test_of_a_classification_only_what_can_be_chosen_is_a_hyperparameter(service: tuple[Platform, OpenAI]) -> None:
     _, client = service
     file_id = send(client, [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)])

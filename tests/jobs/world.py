@@ -102,8 +102,8 @@ class World:
 
     def queue(self, **fields: Any) -> Job:
         """A job whose plan is made, ready to be claimed."""
-        num_workers = fields.pop("num_workers", 1)
-        spec = RESOLVED.model_copy(update={"num_workers": num_workers})
+        workers = {name: fields.pop(name) for name in ("num_workers", "min_workers") if name in fields}
+        spec = RESOLVED.model_copy(update=workers)
         job = self.create(self.upload(GOOD_LINES), spec, **fields)
         plan = {"model_id": new_model_id(job.base_id, "local", None), "capabilities": ["completions"]}
         with self.db.write() as tx:
