@@ -222,7 +222,7 @@ def is_known(architecture: str) -> bool:
     """Whether the installed transformers has this class; asked by name, so nothing of torch is imported."""
     import transformers
 
-    return architecture in dir(transformers)
+    return architecture in transformers.__all__  # `dir` takes a tenth of a second
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
