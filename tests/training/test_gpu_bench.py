@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from tests.bench.__main__ import main
 from tests.bench.gpu_training import flops
 from tests.training.runs import LLAMA, make_base
 from training.lora import inject, lora_tensors
@@ -19,16 +19,16 @@ from training.model_shape import ModelShape
 from training.spec import LoraSpec
 from training.storage import Storage
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTH, NUM_TRAINED = 96, 32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_it_says_so_and_succeeds() -> None:
-    command = [sys.executable, "-m", "tests.bench", "gpu-training"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    text, figures = done.stdout.splitlines()
+def test_without_a_gpu_it_says_so_and_succeeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tests.bench", "gpu-training"])
+    main()
+    text, figures = capsys.readouterr().out.splitlines()
     assert "no GPU" in text
     assert json.loads(figures) == {}
 
