@@ -1,9 +1,9 @@
 """Classification of texts: cross entropy over the labels, one decision per text.
 
 Labels may weigh alike (`balanced`: a label's texts weigh in inverse proportion to their number, after King and Zeng
-2001, "Logistic Regression in Rare Events Data"), or half the way there (`sqrt`: by the square root of that, as Mahajan et
-al. 2018, "Exploring the Limits of Weakly Supervised Pretraining", draw labels): rare labels are found more often, at a
-small price in precision. Over the training set the weights' mean is 1. Targets may be smoothed (Szegedy et al. 2016,
+2001, "Logistic Regression in Rare Events Data"), or half the way there (`sqrt`: by the square root of that, as Mahajan
+et al. 2018, "Exploring the Limits of Weakly Supervised Pretraining", draw labels): rare labels are found more often, at
+a small price in precision. Over the training set the weights' mean is 1. Targets may be smoothed (Szegedy et al. 2016,
 "Rethinking the Inception Architecture for Computer Vision", section 7). The loss is torch's `cross_entropy` with both,
 but averaged over texts, not over weights: so a step's size does not depend on which labels it happens to hold.
 """
