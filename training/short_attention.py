@@ -78,7 +78,7 @@ class _ShortAttention(torch.autograd.Function):
             p = torch.softmax(scores, dim=-1)
             probabilities.append(p)
             if view.dropout:
-                noises.append(torch.empty_like(p).bernoulli_(1 - view.dropout).div_(1 - view.dropout))
+                noises.append(_noise(p, view.dropout))
                 p = p * noises[-1]
             _put(out, piece, torch.bmm(p, _take(v, piece)), group)
         ctx.save_for_backward(q, k, v, *probabilities, *noises)
@@ -101,6 +101,15 @@ class _ShortAttention(torch.autograd.Function):
             _put(d_k, piece, torch.bmm(d_scores.transpose(1, 2), _take(q, piece, group)))
             _put(d_v, piece, torch.bmm((p if noise is None else p * noise).transpose(1, 2), d_piece))
         return *(x.index_select(1, layout.place) for x in (d_q, d_k, d_v)), None, None
+
+
+def _noise(like: torch.Tensor, dropout: float) -> torch.Tensor:
+    """0 where a number is dropped, else what keeps the mean. A draw of 64 bits decides on four numbers, by 16 bits
+    each: torch's `bernoulli_` takes five times as long."""
+    num_kept = max(1, min(2**16 - 1, round((1 - dropout) * 2**16)))  # of the values of 16 bits
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: like.numel()].view(like.shape) < num_kept - 2**15
+    return kept.to(like.dtype).mul_(2**16 / num_kept)
 
 
 def _take(x: torch.Tensor, piece: _Piece, group: int = 1) -> torch.Tensor:

@@ -98,7 +98,7 @@ SamplePrompts = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=20
 class ClassificationSettings(Contract):
     """What can be chosen for the method `classification`; explained in `training.methods.classification`."""
 
-    class_weights: Literal["none", "balanced"] = "none"
+    class_weights: Literal["none", "sqrt", "balanced"] = "sqrt"
     label_smoothing: Fraction | Auto = AUTO
 
 
