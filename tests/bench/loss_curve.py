@@ -31,7 +31,7 @@ NUM_STEPS = 50
 NUM_CHATS = 4  # per step
 NUM_PAIRS = 2  # per step
 MAX_PAIR_LENGTH = 640  # of either side; 114 of the 300 pairs are that short
-SFT_RATE, DPO_RATE = 1e-3, 1e-4
+SFT_RATE, DPO_RATE = 1e-3, 2.3e-5  # the second is what "auto" takes for this width
 BETA = 0.1
 IGNORED = -100
 
