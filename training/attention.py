@@ -49,11 +49,11 @@ def packed_attention(
     outputs, border = [], sum(long)
     if long:
         q, k, v = (x[0, :, :border] for x in (query, key, value))
-        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal))
+        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal).transpose(0, 1))
     if short:
-        q, k, v = (x[0, :, border:] for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1)[border:] for x in (query, key, value))
         outputs.append(short_attention(q, k, v, short, View(scale, causal, sliding_window, dropout)))
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
 def _long_attention(
