@@ -78,8 +78,8 @@ class LoraLinear(nn.Module):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + bias + scale * (dropped A^T) B^T with W and bias frozen. The low-rank products, whose sums would cost more
-    than they do, are added where the large ones have been written."""
+    """x W^T + bias + scale * (dropped A^T) B^T with W and bias frozen. Low-rank products are added where the large ones
+    have been written: a sum of its own would cost more than they do."""
 
     @staticmethod
     def forward(

@@ -65,8 +65,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and a number r a row: y = w x r. With u the gradient of y, that of x is r (w u - x r^2 mean(w u x)),
-    and that of w the sum of u x r over the rows."""
+    """Keeps its input and a number r a row: y = w x r. With u the gradient of y, that of x is
+    r (w u - x r^2 mean(w u x)), and that of w is the sum of u x r over the rows."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -90,9 +90,7 @@ class _RMSNorm(torch.autograd.Function):
 # -- rotary embedding --------------------------------------------------------------------------------------------------
 
 
-def rotate(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys [batch, heads, tokens, head_dim] turned by the angles of their positions; `cos` and `sin` are
     [batch, tokens, head_dim], with equal halves (Su et al. 2021)."""
     turned = (_Rotation.apply(x.transpose(1, 2), *_wide(cos, sin, x.shape[1])) for x in (q, k))
@@ -111,7 +109,8 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _turn(grads[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:

@@ -81,7 +81,11 @@ class _ShortAttention(torch.autograd.Function):
         out, probabilities, noises = torch.empty_like(q), [], []
         for piece in layout.pieces:
             batches = (num_kv_heads * len(piece.lengths), -1, head_dim)
-            queries, keys, values = q[piece.queries].view(batches), k[piece.keys].view(batches), v[piece.keys].view(batches)
+            queries, keys, values = (
+                q[piece.queries].view(batches),
+                k[piece.keys].view(batches),
+                v[piece.keys].view(batches),
+            )
             if view.causal:
                 mask = _causal_mask(piece.length, group, view.sliding_window, q.dtype)
             else:
@@ -122,7 +126,7 @@ class _ShortAttention(torch.autograd.Function):
 
 @lru_cache(maxsize=8)
 def _layout(lengths: tuple[int, ...], num_kv_heads: int, group: int) -> _Layout:
-    """The same for all layers of a pass, so it is kept. `group` query heads share a key: they are rows of one product."""
+    """The same for all layers of a pass, so it is kept. `group` query heads share a key, as rows of one product."""
     tokens, is_padding, pieces = [], [], []  # of each piece, [sequences, length]
     start = at = 0
     for rounded, same in groupby(lengths, key=lambda length: -(-length // _MULTIPLE) * _MULTIPLE):
@@ -137,8 +141,8 @@ def _layout(lengths: tuple[int, ...], num_kv_heads: int, group: int) -> _Layout:
             queries, keys = (slice(at * heads, end * heads) for heads in (num_kv_heads * group, num_kv_heads))
             pieces.append(_Piece(tuple(own[:, 0].tolist()), rounded, queries, keys))
             at = end
-    queries, keys = (_rows(tokens, is_padding, num_kv_heads, heads) for heads in (group, 1))
-    return _Layout(queries, keys, tuple(pieces))
+    query_rows, key_rows = (_rows(tokens, is_padding, num_kv_heads, heads) for heads in (group, 1))
+    return _Layout(query_rows, key_rows, tuple(pieces))
 
 
 def _rows(tokens: list[torch.Tensor], is_padding: list[torch.Tensor], num_kv_heads: int, group: int) -> _Rows:
