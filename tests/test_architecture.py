@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for package in ("service", "training") for path in (ROOT / package).rglob("*.py"))
@@ -24,6 +23,14 @@ BRIDGES = {
     "service.jobs.preview": {"training.plan", "training.estimate", "training.probe", "training.model_shape"},
 }
 TORCH_FREE_TRAINING = CONTRACT | {"training.render", "training.plan", "training.estimate", "training.bases"}
+TRACKERS = {"wandb", "mlflow", "tensorboard"}
+LIGHT = [
+    (CONTRACT, {"torch", "ray", "fastapi", "sqlalchemy", "transformers", "datasets"}),
+    ({"training.render", "training.plan", "training.bases"}, {"torch"}),
+    ({"service.cli", "service.app", "service.api.create_job"}, {"torch", "ray.tune"} | TRACKERS),
+    ({"service.serving.replica", "service.serving.fleet", "service.serving.engines"}, {"torch"}),
+    ({"service.jobs.run_actor", "service.trackers.chosen"}, TRACKERS),
+]
 MAX_LINES = 350
 
 
@@ -32,10 +39,17 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file's syntax."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, at top level or inside a function, type-checking blocks included."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -101,7 +115,7 @@ def test_sql_stays_in_the_store() -> None:
 def test_the_environment_is_read_in_settings_only() -> None:
     for path in SOURCES:
         if module_name(path) != "service.settings":
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in nodes(path):
                 is_environ = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
                 assert not is_environ, f"{path}:{getattr(node, 'lineno', '?')} reads the environment"
 
@@ -114,21 +128,11 @@ def test_every_file_has_a_docstring_and_fits_its_size() -> None:
         assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path} has no module docstring"
 
 
-@pytest.mark.parametrize(
-    "module", ["service.app", "service.cli", "training.render", "training.plan", *sorted(CONTRACT)]
-)
-def test_imports_without_torch(module: str) -> None:
-    code = f"import sys, {module}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_tracker_libraries_wait_for_a_run_that_needs_them() -> None:
-    code = "import sys, service.app, service.jobs.run_actor, service.trackers.chosen; "
-    code += "assert not {'wandb', 'mlflow', 'tensorboard'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_the_contract_needs_no_service_library() -> None:
-    heavy = "('ray', 'fastapi', 'sqlalchemy', 'transformers', 'datasets')"
-    code = f"import sys, {', '.join(sorted(CONTRACT))}; assert not [m for m in {heavy} if m in sys.modules]"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_heavy_libraries_wait_until_something_needs_them() -> None:
+    """Each row of modules is imported after those above it, and none of its libraries may be there then."""
+    code = f"import importlib, sys\nfor modules, libraries in {LIGHT!r}:\n"
+    code += "    for module in sorted(modules):\n"
+    code += "        importlib.import_module(module)\n"
+    code += "        assert not libraries & sys.modules.keys(), (module, libraries & sys.modules.keys())\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -14,14 +14,16 @@ from click.testing import Result
 from openai import OpenAI
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli import app, jobs
 from service.jobs.rehearsal import Rehearsal
 from tests.api.live import ECHO, live_service, sync_client, ticking
-from training.starter import build_starter
+from tests.training.runs import BASE_KEY, make_base
+from training.storage import Storage
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 PATIENCE_S = 60
 BASE = "babbler"
+NUM_STEPS = 6  # enough for the plan of a later job to take its speed from
 HEAVY = ("openai", "ray", "torch", "transformers", "rich.progress", "fastapi", "sqlalchemy")
 
 Tunesmith = Callable[..., Result]
@@ -32,7 +34,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     """base_url and admin key; an orchestrator ticks beside it and its runs are rehearsals."""
     with (
         live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret),
-        ticking(platform, Rehearsal(platform.storage)),
+        ticking(platform, Rehearsal(platform.storage, NUM_STEPS)),
     ):
         yield url, secret
 
@@ -48,6 +50,7 @@ def tunesmith(service: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("COLUMNS", "80"),
     ):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "VALIDATION_POLL_S", 0.02)
 
     def run(*arguments: str, expect: int = 0, typed: str | None = None) -> Result:
         result = CliRunner().invoke(app, arguments, input=typed)
@@ -60,11 +63,11 @@ def tunesmith(service: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.fixture(scope="module")
 def base(service: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A starter of two steps, added by the command line: planning wants a real model's files."""
-    folder = tmp_path_factory.mktemp("babbler")
-    build_starter(folder, lambda line: None, num_steps=2)
+    """A tiny one, added by the command line: planning wants a real model's files."""
+    source = Storage(str(tmp_path_factory.mktemp("babbler")))
+    make_base(source)
     url, secret = service
-    result = CliRunner().invoke(app, ["base", "add", BASE, str(folder), "--url", url, "--key", secret])
+    result = CliRunner().invoke(app, ["base", "add", BASE, source.path(BASE_KEY), "--url", url, "--key", secret])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "is ready" in result.output
     return BASE
@@ -117,7 +120,7 @@ def test_train_with_wait_follows_the_job_to_its_model(
         "--wait",
     ).output
     assert "12 rows" in shown
-    assert "step 4 Who [are] you?\n  Answer 4\n" in shown
+    assert f"step {NUM_STEPS} Who [are] you?\n  Answer {NUM_STEPS}\n" in shown
     assert "The job has successfully completed" in shown
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.status == "succeeded"
@@ -134,6 +137,7 @@ def test_train_with_wait_follows_the_job_to_its_model(
 
 def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data: Path, base: str) -> None:
     options = ("--epochs", "7", "--learning-rate", "0.003", "--full", "--validation-file", str(data))
+    options += ("--workers", "1-2")
     tunesmith("train", str(data), "--base-model", base, *options)
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.validation_file is not None
@@ -141,6 +145,7 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     assert job.hyperparameters.n_epochs == 7
     extra = job.model_extra or {}
     assert extra["adapter"] == {"type": "none"}
+    assert extra["num_workers"] == {"min": 1, "max": 2}
     assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
 
 
@@ -184,13 +189,13 @@ def test_a_sweep_is_followed_to_its_model_and_its_trials_are_compared_in_one_tab
 ) -> None:
     options = ("--base-model", base, "--validation-split", "0.2", "--max-concurrent", "1", "--wait")
     shown = tunesmith("train", str(data), *options, "--sweep", "learning_rate=0.1,1e-3", "--sweep", "n_epochs=1").output
-    assert "Trial 1 of 2 finished: valid_loss 4.8, learning_rate 0.1, n_epochs 1" in shown
+    assert "Trial 1 of 2 finished: valid_loss 3.429, learning_rate 0.1, n_epochs 1" in shown
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert f"tunesmith chat {job.fine_tuned_model}" in shown
     rows = [line.split() for line in tunesmith("jobs", job.id).output.splitlines() if " ftjob-" in line]
     assert [row[:6] for row in rows if row[0] != "id"][:2] == [
-        ["1", "0.1", "1", "4.8000", "4", "succeeded"],
-        ["*", "2", "0.001", "1", "1.6000", "4"],
+        ["1", "0.1", "1", "3.4286", "6", "succeeded"],
+        ["*", "2", "0.001", "1", "1.1429", "6"],
     ]
 
 
@@ -236,6 +241,7 @@ def test_jobs_over_cannot_be_steered_and_unknown_ones_are_not_found(tunesmith: T
     tunesmith("jobs", "--cancel", expect=2)
     tunesmith("jobs", "ftjob-none", "--cancel", "--pause", expect=2)
     tunesmith("train", str(data), "--base-model", ECHO, "--full", "--rank", "4", expect=2)
+    assert "1-4" in tunesmith("train", str(data), "--base-model", ECHO, "--workers", "many", expect=2).output
 
 
 def test_chat_streams_one_answer_or_a_conversation(tunesmith: Tunesmith) -> None:
@@ -295,8 +301,18 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(
     tunesmith: Tunesmith, client: OpenAI, data: Path, base: str
 ) -> None:
     before = [job.id for job in client.fine_tuning.jobs.list()], [file.id for file in client.files.list()]
-    shown = tunesmith("train", str(data), "--base-model", base, "--rank", "4", "--epochs", "7", "--dry-run").output
-    for words in ("12 to train", "(7 × ", "LoRA of rank 4", "MB for each of 1 worker", "served here", "Nothing was"):
+    shown = tunesmith(
+        "train", str(data), "--base-model", base, "--rank", "4", "--epochs", "7", "--workers", "1-2", "--dry-run"
+    ).output
+    for words in (
+        "12 to train",
+        "(7 × ",
+        "LoRA of rank 4",
+        "MB for each of 1 to 2 worker",
+        "with 2 workers",
+        "served here",
+        "Nothing was",
+    ):
         assert words in shown
     assert ([job.id for job in client.fine_tuning.jobs.list()], [file.id for file in client.files.list()]) == before
     shown = tunesmith("train", str(data), "--base-model", base, "--rank", "512", "--dry-run", expect=1).output

@@ -47,13 +47,14 @@ def packed_attention(
     num_long = sum(length > MAX_SHORT for length in example_lengths) if knows_short else len(example_lengths)
     long, short = example_lengths[:num_long], example_lengths[num_long:]
     outputs, border = [], sum(long)
+    tensors = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head_dim]
     if long:
-        q, k, v = (x[0, :, :border] for x in (query, key, value))
-        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal))
+        q, k, v = (x[:border].transpose(0, 1) for x in tensors)
+        outputs.append(_long_attention(q, k, v, long, scale, dropout, sliding_window, causal).transpose(0, 1))
     if short:
-        q, k, v = (x[0, :, border:] for x in (query, key, value))
+        q, k, v = (x[border:] for x in tensors) if long else tensors  # the gradient of a slice is a copy
         outputs.append(short_attention(q, k, v, short, View(scale, causal, sliding_window, dropout)))
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
 def _long_attention(

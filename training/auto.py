@@ -15,15 +15,16 @@ _SMALL_MODEL = 50_000_000  # parameters
 _SMALL_CLASSIFIER = 10_000_000
 
 
-def n_epochs(num_examples: int, method: str = "supervised") -> int:
+def n_epochs(num_examples: int, method: str = "supervised", num_labels: int = 0) -> int:
     """Three passes; more over small data (until 100 examples are seen), fewer over large (no more than 25,000).
 
     The rule of OpenAI's cookbook, "Data preparation and analysis for chat model fine-tuning" (TARGET_EPOCHS 3,
-    MIN/MAX_TARGET_EXAMPLES 100/25000, MIN/MAX_DEFAULT_EPOCHS 1/25). A classifier starts with a head that knows nothing,
-    and its texts are short: it sees 50,000, within 3 and 10 passes. Measured on banking77 (10,003 texts, 77 labels)
-    with MiniLM: test accuracy 0.84 after one pass, 0.92 after three, 0.93 after five."""
+    MIN/MAX_TARGET_EXAMPLES 100/25000, MIN/MAX_DEFAULT_EPOCHS 1/25). A classifier starts with a head that knows nothing:
+    it sees 12,000 texts, and 640 of each label on average, within 3 and 10 passes. Measured with MiniLM: banking77
+    (10,003 texts, 77 labels) has a test accuracy of 0.84 after one pass, 0.92 after three, 0.93 after five; SMS spam
+    (4,137 texts, 2 labels) is learned by heart in three, and more find no more spam."""
     if method == "classification":
-        return max(3, min(10, ceil(50_000 / num_examples)))
+        return max(3, min(10, ceil(max(12_000, 640 * num_labels) / num_examples)))
     if num_examples * 3 < 100:
         return min(25, ceil(100 / num_examples))
     return max(1, min(3, 25_000 // num_examples))

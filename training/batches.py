@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,9 +98,13 @@ class Batches:
         num_micro_batches: int = 1,
         rank: int = 0,
         num_workers: int = 1,
+        num_shares: int = 1,
     ) -> None:
+        """A step is cut into `num_shares` (or `num_workers`, if that is more) shares of `num_micro_batches` each, which
+        are dealt out to the workers: fewer workers take more micro-batches, and those stay the same."""
         self._examples, self._batch_size, self._seed = examples, batch_size, seed
         self._num_micro_batches, self._rank, self._num_workers = num_micro_batches, rank, num_workers
+        self._num_shares = max(num_shares, num_workers)
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self.total_steps = n_epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -113,5 +118,9 @@ class Batches:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of one step; empty when a short last batch leaves nothing for it."""
-        share = self.indices(step)[self._rank :: self._num_workers]
-        return [collate(self._examples[part]) for part in split(share, self._num_micro_batches)]
+        indices = self.indices(step)
+        shares = [
+            split(indices[first :: self._num_shares], self._num_micro_batches) for first in range(self._num_shares)
+        ]
+        parts = [part for round_ in zip_longest(*shares) for part in round_ if part is not None]
+        return [collate(self._examples[part]) for part in parts[self._rank :: self._num_workers]]

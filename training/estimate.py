@@ -90,14 +90,15 @@ def parts(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -
 
 
 def _sharded_state(spec: TrainSpec, shape: ModelShape) -> int:
-    """This worker's share of weights, masters, gradients and moments, and what is gathered at a time: everything
-    outside of the layers, and two layers, with the gradients of what is trained; an adapter is whole everywhere."""
+    """A worker's share of weights, masters, gradients and moments, among the fewest that may share them, and what is
+    gathered at a time: everything outside of the layers, and two layers, with the gradients of what is trained; an
+    adapter is whole everywhere."""
     width, num_trained = _compute_bytes(spec), trained_parameters(spec, shape)
     in_layers = shape.num_layer_parameters
     gathered = shape.num_parameters - in_layers + 2 * in_layers // shape.num_layers
     if spec.adapter is None:
-        return (4 + ADAM_BYTES) * num_trained // spec.num_workers + 2 * width * gathered
-    return width * (shape.num_parameters // spec.num_workers + gathered) + (4 + ADAM_BYTES) * num_trained
+        return (4 + ADAM_BYTES) * num_trained // spec.least_workers() + 2 * width * gathered
+    return width * (shape.num_parameters // spec.least_workers() + gathered) + (4 + ADAM_BYTES) * num_trained
 
 
 def trained_parameters(spec: TrainSpec, shape: ModelShape) -> int:

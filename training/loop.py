@@ -165,8 +165,8 @@ class _Run:
     def _prepare_examples(self) -> None:
         """What the method must know of the start weights, before any others are loaded; then the order of steps."""
         spec, hyper = self.spec, self.spec.hyperparameters
-        parts = self.workers.size * cast(int, hyper.gradient_accumulation_steps)
-        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
+        parts = max(spec.num_workers, self.workers.size) * cast(int, hyper.gradient_accumulation_steps)
+        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)  # also where fewer workers came than asked for
         prepared = partial(self.method.prepare, spec, self.model)
         self.train_set = prepared(self.train_set, self.workers, self.micro_batch_size)
         if self.valid_set:
@@ -179,6 +179,7 @@ class _Run:
             num_micro_batches=cast(int, hyper.gradient_accumulation_steps),
             rank=self.workers.rank,
             num_workers=self.workers.size,
+            num_shares=spec.num_workers,
         )
 
     def _resume(self) -> None:
@@ -193,11 +194,11 @@ class _Run:
     def _train_step(self) -> Wish:
         """One optimizer step over all workers; returns the wish that they agree on. Failure stops before the update."""
         started = time.perf_counter()
-        self.workers.seed(self.spec.seed, self.step)
         self.trainer.zero()
         sums = self.trainer.sums
         try:
-            for batch, counts in self._micro_batches():
+            for number, (batch, counts) in enumerate(self._micro_batches()):
+                self.workers.seed(self.spec.seed, self.step, number)
                 found = self.loss_sums(self.model, batch.to(self.workers.device))
                 (found.loss * counts).backward()
                 if not counts:

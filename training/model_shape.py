@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +221,7 @@ class ModelShape:
 
 def is_known(architecture: str) -> bool:
     """Whether the installed transformers has this class; asked by name, so nothing of torch is imported."""
-    import transformers
-
-    return architecture in dir(transformers)
+    return architecture in import_module("transformers").__all__  # `dir` takes a tenth of a second
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _STATE = (*MOMENTS, "step")
+_PIECE = 1 << 20  # numbers
 
 
 def learning_rate(hyper: Hyperparameters, step: int, total_steps: int) -> float:
@@ -121,10 +122,15 @@ class Trainer:
 
 
 def _move_gradient_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a fresh bf16 gradient to the fp32 total and frees it."""
+    """A hook that adds a fresh bf16 gradient to the fp32 total and frees it.
+
+    On a CPU torch makes an fp32 copy of what it adds: piece by piece that copy stays in the cache."""
 
     def hook(param: torch.Tensor) -> None:
-        total.add_(cast(torch.Tensor, param.grad))
+        grad = cast(torch.Tensor, param.grad)
+        size = _PIECE if grad.device.type == "cpu" else grad.numel()
+        for part, more in zip(total.view(-1).split(size), grad.reshape(-1).split(size), strict=True):
+            part.add_(more)
         param.grad = None
 
     return hook

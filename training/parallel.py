@@ -49,17 +49,19 @@ class Workers:
         self.sum_(total)
         return total.item()
 
-    def seed(self, seed: int, step: int) -> None:
-        """Random draws (dropout) of a step depend on seed, step and rank alone, so a resumed run repeats them."""
-        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+    def seed(self, seed: int, step: int, number: int) -> None:
+        """Random draws (dropout) in this worker's micro-batch `number` depend on seed, step and that micro-batch alone:
+        a resumed run repeats them, also with fewer workers that take the same micro-batches."""
+        digest = hashlib.sha256(f"{seed} {step} {self.rank + number * self.size}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def passes(self, num_examples: int, size: int) -> Iterator[list[int]]:
-        """This worker's share of the examples, at most `size` at a time. There are as many passes as the first worker
-        has, whose share is the largest: sharded weights need all workers in each. Others may end with an empty one."""
-        mine = range(self.rank, num_examples, self.size)
-        for start in range(0, len(range(0, num_examples, self.size)), size):
-            yield list(mine[start : start + size])
+        """This worker's share of the examples, `size` neighbours at a time whatever the number of workers. There are as
+        many passes as the first worker has: sharded weights need all workers in each. Others may end with an empty
+        one."""
+        for start in range(0, num_examples, size * self.size):
+            mine = start + self.rank * size
+            yield list(range(num_examples)[mine : mine + size])
 
     def leave(self) -> None:
         """Wait for the others and dissolve a group that torchrun started."""

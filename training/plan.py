@@ -220,7 +220,7 @@ def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:
 def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     """The spec with numbers in place of every auto."""
     hyper, lora = spec.hyperparameters, spec.adapter is not None
-    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples, spec.method))
+    epochs = _or(hyper.n_epochs, auto.n_epochs(counts.num_examples, spec.method, len(spec.labels())))
     batch = _or(hyper.batch_size, auto.batch_size(counts.num_examples, spec.num_workers, spec.method))
     multiplier = _or(hyper.learning_rate_multiplier, 1.0)
     rate = auto.learning_rate(shape.hidden_size, lora=lora, method=spec.method)

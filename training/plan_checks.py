@@ -53,8 +53,11 @@ def check_request(spec: TrainSpec, shape: ModelShape) -> None:
     if hyper.batch_size != AUTO and hyper.batch_size < spec.num_workers:
         message = f"batch_size {hyper.batch_size} is less than num_workers {spec.num_workers}: a worker would be idle."
         raise PlanError("invalid_value", message, f"{hyper_field(spec)}.batch_size")
-    if spec.parallel == "fsdp" and spec.num_workers == 1:
+    if spec.parallel == "fsdp" and spec.least_workers() == 1:
         message = "One worker has nobody to share the weights with: parallel 'fsdp' needs num_workers of 2 or more."
+        if spec.min_workers is not None:
+            message = "A run may come to one worker, which has nobody to share the weights with: parallel 'fsdp' needs "
+            message += "a min of 2 or more in num_workers."
         raise PlanError("invalid_value", message, "parallel")
     if spec.parallel == "fsdp" and spec.method in ("classification", "embedding"):
         message = f"Weights are spread for language models only; the method {spec.method} needs parallel 'data'."

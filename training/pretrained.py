@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from training.attention import PACKED
 from training.failure import Failure
 from training.model_shape import read_json
+from training.norm_and_rotary import use_few_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,4 +40,6 @@ def load_pretrained(
     except (ValueError, KeyError) as error:  # an architecture that this transformers does not know, or a broken config
         raise Failure("invalid_base_model", f"The base model cannot be loaded: {error}", "model") from error
     torch.nn.Module.to(model, device)
+    if device.type == "cpu":
+        use_few_kernels(model)
     return model.train(), set(info["missing_keys"])

@@ -74,6 +74,7 @@ def _short(spec: TrainSpec, num_rows: int) -> TrainSpec:
         "start": None,
         "sample_prompts": (),
         "num_workers": 1,
+        "min_workers": None,
         "parallel": "data",
         "checkpoint_interval": NUM_STEPS,
     }

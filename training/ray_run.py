@@ -22,15 +22,21 @@ from ray.train.backend import BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
 from training.progress import ProgressItem, Wish
 from training.spec import TrainSpec
 
 _POLL_S = 0.5  # how soon the end or the crash of a worker is seen
+
+
+class NoRoom(Exception):
+    """The workers were not placed in time, and nothing was trained."""
 
 
 class ActorChannel:
@@ -50,6 +56,7 @@ def fit(
     run_key: str,
     channel_actor: Any,
     *,
+    num_workers: int,
     num_cpus_per_worker: float,
     num_gpus_per_worker: float,
     num_threads: int,
@@ -57,7 +64,8 @@ def fit(
     run_name: str,
     local_dir: str,
 ) -> None:
-    """Run the loop on `spec.num_workers` workers and wait for their end. Failed runs return; crashes raise.
+    """Run the loop on so many workers, within the spec's range, and wait for their end. Failed runs return; crashes
+    raise. NoRoom when the workers were not placed in time and fewer would do.
 
     Call it from an actor, whose end, however it comes, ends the workers; a detached one gives their resources back at
     once. `channel_actor.report(items)` answers with a `Wish`. `num_threads=0` shares a machine's cores among its
@@ -66,6 +74,7 @@ def fit(
     resources = {"CPU": num_cpus_per_worker, **pin_resources}
     if num_gpus_per_worker:
         resources["GPU"] = num_gpus_per_worker
+    may_be_fewer = num_workers > spec.least_workers()
     trainer = _Trainer(
         _work,
         train_loop_config={
@@ -76,18 +85,24 @@ def fit(
             "num_threads": num_threads,
             "scratch_dir": str(Path(local_dir) / "scratch" / run_name),
         },
-        backend_config=_backend(spec, use_gpu=num_gpus_per_worker > 0),
+        backend_config=_backend(num_workers, use_gpu=num_gpus_per_worker > 0),
         scaling_config=ScalingConfig(
-            num_workers=spec.num_workers, use_gpu=num_gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=num_workers, use_gpu=num_gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # mypy reads the v1 name
             name=run_name,
             storage_path=str(Path(local_dir).absolute()),
-            failure_config=FailureConfig(max_failures=0),
+            # -1: a number that cannot be less waits for its place as long as its owner wants.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0 if may_be_fewer else -1),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        if may_be_fewer and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise NoRoom(f"no room for {num_workers} workers") from error
+        raise
 
 
 class _Trainer(DataParallelTrainer):
@@ -120,7 +135,11 @@ class _Controller(TrainController):
 
 
 class _FixedSize(FixedScalingPolicy):
-    """Workers as asked for. The placement group alone makes an autoscaler act; no coordinator has to hear of it."""
+    """Workers as asked for. The placement group alone makes an autoscaler act; no coordinator has to hear of it.
+
+    Nor does Ray's `ElasticScalingPolicy` serve for a range: it counts whole nodes, without what engines and other runs
+    hold there, and resizes by killing a group between two checkpoints. The owner counts, anew for each attempt.
+    """
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Start no coordinator."""
@@ -132,9 +151,9 @@ class _FixedSize(FixedScalingPolicy):
         """Take nothing back."""
 
 
-def _backend(spec: TrainSpec, use_gpu: bool) -> BackendConfig:
+def _backend(num_workers: int, use_gpu: bool) -> BackendConfig:
     """A process group for several workers; one needs none, and starts faster without."""
-    if spec.num_workers == 1:
+    if num_workers == 1:
         return BackendConfig()
     from ray.train.torch import TorchConfig
 

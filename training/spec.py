@@ -98,7 +98,7 @@ SamplePrompts = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=20
 class ClassificationSettings(Contract):
     """What can be chosen for the method `classification`; explained in `training.methods.classification`."""
 
-    class_weights: Literal["none", "balanced"] = "none"
+    class_weights: Literal["none", "sqrt", "balanced"] = "sqrt"
     label_smoothing: Fraction | Auto = AUTO
 
 
@@ -131,7 +131,8 @@ class TrainSpec(Contract):
     hyperparameters: Hyperparameters = Hyperparameters()
     precision: Literal["fp32", "bf16"] | Auto = AUTO
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt = 1  # with `min_workers`: the most
+    min_workers: PositiveInt | None = None  # an elastic range: a run may have fewer workers, down to this many
     parallel: Literal["data", "fsdp"] = "data"  # a whole model on each worker, or its weights spread over them
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
@@ -142,6 +143,10 @@ class TrainSpec(Contract):
     def validates(self) -> bool:
         """Whether examples are asked to be held out or given for validation."""
         return self.validation_key is not None or self.validation_split > 0
+
+    def least_workers(self) -> int:
+        """The fewest workers that a run may have; without a range, all of them."""
+        return self.num_workers if self.min_workers is None else self.min_workers
 
     def labels(self) -> tuple[str, ...]:
         """The labels of a resolved classification; none with other methods."""
@@ -160,7 +165,14 @@ class TrainSpec(Contract):
 
     def trains_like(self, other: TrainSpec) -> bool:
         """Whether a run of this may go on from the other's checkpoints: all is equal but how workers share it."""
-        return self.model_copy(update={"num_workers": other.num_workers, "parallel": other.parallel}) == other
+        how = {name: getattr(other, name) for name in ("num_workers", "min_workers", "parallel")}
+        return self.model_copy(update=how) == other
+
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> TrainSpec:
+        if self.least_workers() > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
+        return self
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> TrainSpec:

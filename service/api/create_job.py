@@ -93,6 +93,7 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
     validation = None
     if body.validation_file is not None:
         validation = _usable_file(tx, who, body.validation_file, "validation_file")
+    min_workers, num_workers = body.workers()
     return TrainSpec(
         base=start.base,
         start=start.model,
@@ -107,7 +108,8 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
         hyperparameters=chosen,
         precision=body.precision,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        num_workers=body.num_workers,
+        num_workers=num_workers,
+        min_workers=min_workers,
         parallel=body.parallel,
         eval_interval=body.eval_interval,
         checkpoint_interval=body.checkpoint_interval,
@@ -132,10 +134,11 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
             "'early_stopping' watches the validation loss; give a 'validation_file' or a 'validation_split' with it.",
             param="early_stopping",
         )
-    if body.num_workers > max_workers:
-        raise InvalidRequest(
-            f"Invalid value for 'num_workers': this service allows at most {max_workers}.", param="num_workers"
-        )
+    min_workers, num_workers = body.workers()
+    if num_workers > max_workers:
+        param = "num_workers" if min_workers is None else "num_workers.max"
+        message = f"Invalid value for '{param}': this service allows at most {max_workers}."
+        raise InvalidRequest(message, param=param)
 
 
 def _check_integrations(body: CreateJob, settings: Settings) -> None:

@@ -217,6 +217,19 @@ class Integration(Wire):
     wandb: Wandb
 
 
+class WorkerRange(Wire):
+    """As many train workers as the cluster has room for, within `min` and `max`."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError("'min' must not be more than 'max'")
+        return self
+
+
 class CreateJob(Wire):
     """Body of POST /v1/fine_tuning/jobs: OpenAI's fields, then ours."""
 
@@ -231,7 +244,7 @@ class CreateJob(Wire):
     method: Method | None = None
 
     adapter: Adapter = Adapter()
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt | WorkerRange = 1
     parallel: Literal["data", "fsdp"] = "data"
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     early_stopping: WireEarlyStopping | None = None
@@ -248,6 +261,12 @@ class CreateJob(Wire):
     def method_type(self) -> MethodType:
         """How to fine-tune; `supervised` unless the body says otherwise."""
         return "supervised" if self.method is None else self.method.type
+
+    def workers(self) -> tuple[int | None, int]:
+        """The training contract's `min_workers` and `num_workers`."""
+        if isinstance(self.num_workers, WorkerRange):
+            return self.num_workers.min, self.num_workers.max
+        return None, self.num_workers
 
     def effective_hyperparameters(self) -> Hyperparameters:
         """Those of `method`, and for what it does not name the deprecated top-level ones: nothing given is dropped."""

@@ -58,7 +58,7 @@ def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
         "metadata": job.user_metadata,
         "suffix": job.suffix,
         "adapter": _adapter_json(job.spec["adapter"]),
-        "num_workers": job.spec["num_workers"],
+        "num_workers": _workers_json(job.spec),
         "parallel": job.spec.get("parallel", "data"),  # jobs of an earlier version have none
         "validation_split": job.spec["validation_split"],
         "early_stopping": job.spec.get("early_stopping"),
@@ -116,7 +116,7 @@ def plan_json(plan: Json, seed: int | None) -> Json:
         "num_trained_tokens": plan["num_trained_tokens"] * n_epochs,
         "max_example_tokens": plan["max_example_tokens"],
         "total_steps": plan["total_steps"],
-        "num_workers": spec["num_workers"],
+        "num_workers": _workers_json(spec),
         "peak_memory_bytes": plan["peak_memory_bytes"],
         "duration_s": plan["duration_s"],
         "time_basis": plan["time_basis"],
@@ -130,6 +130,12 @@ def plan_json(plan: Json, seed: int | None) -> Json:
             **{name: spec[name] for name in RESOLVED_FIELDS},
         },
     }
+
+
+def _workers_json(spec: Json) -> int | Json:
+    """As it was asked for: a number, or a range."""
+    least = spec.get("min_workers")  # jobs of an earlier version have none
+    return spec["num_workers"] if least is None else {"min": least, "max": spec["num_workers"]}
 
 
 def _hyperparameters(spec: Json, method: str) -> Json:

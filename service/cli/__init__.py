@@ -98,7 +98,9 @@ def train(
     rank: Annotated[int | None, typer.Option(min=1, max=512, help="LoRA rank.", show_default="auto")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale LoRA by the root of its rank.")] = False,
     dora: Annotated[bool, typer.Option("--dora", help="LoRA with a trained length for each row of weights.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Train workers.")] = 1,
+    workers: Annotated[
+        str, typer.Option(metavar="N|MIN-MAX", help="Train workers; of a range as many as the cluster has room for.")
+    ] = "1",
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -138,6 +140,10 @@ def train(
         searched = sweeps.sweep_field(sweep, trials, asha, max_concurrent) if sweep else None
     except sweeps.SweepOptionError as error:
         raise typer.BadParameter(str(error)) from None
+    try:
+        num_workers = jobs.parse_workers(workers)
+    except ValueError:
+        raise typer.BadParameter(f"--workers {workers}: give a number such as 2, or a range such as 1-4.") from None
     hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "beta": beta, "loss_type": loss_type}
     wishes = jobs.TrainWishes(
         base_model,
@@ -146,7 +152,7 @@ def train(
         suffix=suffix,
         full=full,
         adapter=adapter,
-        workers=workers,
+        workers=num_workers,
         validation_split=validation_split,
         patience=patience,
         sample_prompts=sample,

@@ -51,8 +51,12 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "learning rate", f"{hyper['learning_rate']:.3g}, {hyper['lr_scheduler']}"
     weights = "all" if adapter["type"] == "none" else f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g}"
     yield "weights", f"{weights}, {resolved['precision']}"
-    yield "memory", f"{size(plan['peak_memory_bytes'])} for each of {plan['num_workers']} worker(s)"
+    workers = plan["num_workers"]
+    least_to_most = f"{workers['min']} to {workers['max']}" if isinstance(workers, dict) else workers
+    yield "memory", f"{size(plan['peak_memory_bytes'])} for each of {least_to_most} worker(s)"
     duration = "unknown" if plan["duration_s"] is None else time_span(plan["duration_s"])
+    if isinstance(workers, dict) and plan["duration_s"] is not None:
+        duration += f" with {workers['max']} workers"
     yield "time", f"{duration} ({plan['time_basis'].removeprefix('unknown: ')})"
     free = "" if disk["free_bytes"] is None else f", {size(disk['free_bytes'])} free"
     kept = f"{disk['num_kept_checkpoints']} checkpoints of {size(disk['checkpoint_bytes'])}"

@@ -33,7 +33,7 @@ class TrainWishes:
     suffix: str | None = None
     full: bool = False
     adapter: dict[str, Any] = field(default_factory=dict)
-    workers: int = 1
+    workers: int | dict[str, int] = 1
     validation_split: float | None = None
     patience: int | None = None
     sample_prompts: list[str] | None = None
@@ -62,6 +62,12 @@ class TrainWishes:
             "sweep": self.sweep,
         }
         return body | {name: value for name, value in extra.items() if value is not None}
+
+
+def parse_workers(option: str) -> int | dict[str, int]:
+    """`--workers` as the request's `num_workers`; ValueError if it is neither a number nor a range."""
+    least, dash, most = option.partition("-")
+    return {"min": int(least), "max": int(most)} if dash else int(option)
 
 
 def train(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes, *, wait: bool) -> int:

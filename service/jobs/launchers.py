@@ -15,10 +15,9 @@ from typing import Any, Protocol
 
 from service.jobs.recorder import RunRecorder
 from service.jobs.run_driver import Fit, RunDriver
-from service.jobs.states import JobKind
 from service.settings import Settings
 from service.store.database import Database
-from service.store.tables import Job, Run
+from service.store.tables import Run
 from training.progress import ProgressItem, Wish
 from training.spec import TrainSpec
 from training.storage import Storage
@@ -29,7 +28,7 @@ PLACING_S = 20.0  # Ray Train takes its resources up to this long after its driv
 class Launcher(Protocol):
     """What the orchestrator needs to know about the place where runs work. No method may block."""
 
-    def start(self, run: Run, job: Job) -> None:
+    def start(self, run: Run) -> None:
         """Start the run's driver."""
         ...
 
@@ -45,18 +44,13 @@ class Launcher(Protocol):
         """End the driver and its workers without asking; nothing happens if there is none."""
         ...
 
-    def fits(self, num_workers: int) -> bool:
-        """Whether so many workers find room now, besides what was started a moment ago."""
+    def num_free(self) -> int:
+        """How many train workers find room now, besides what was started a moment ago."""
         ...
 
-    def ever_fits(self, num_workers: int) -> bool:
-        """Whether so many workers would find room if nothing else ran."""
+    def num_slots(self) -> int:
+        """How many train workers would find room if nothing else ran."""
         ...
-
-
-def num_workers_of(job: Job) -> int:
-    """Train workers that the job's own run needs; a sweep's none, for its trials are jobs and bring theirs."""
-    return 0 if job.kind == JobKind.SWEEP else int(job.spec["num_workers"])
 
 
 @dataclass(frozen=True)
@@ -72,11 +66,11 @@ class RayLauncher:
         self._settings, self._instance_id = settings, instance_id
         self._claims: dict[str, _Claim] = {}  # by run: started, perhaps not yet placed
 
-    def start(self, run: Run, job: Job) -> None:
+    def start(self, run: Run) -> None:
         """Create the driver; its constructor runs elsewhere and later."""
         from service.jobs import run_actor
 
-        self._claims[run.id] = _Claim(num_workers_of(job), time.monotonic() + PLACING_S)
+        self._claims[run.id] = _Claim(run.num_workers or 0, time.monotonic() + PLACING_S)
         run_actor.create(self._settings, self._instance_id, run.id)
 
     def is_alive(self, run_id: str) -> bool:
@@ -98,24 +92,32 @@ class RayLauncher:
         if driver is not None:
             ray.kill(driver)
 
-    def fits(self, num_workers: int) -> bool:
-        """Against what Ray has free, less what was claimed but perhaps not yet placed."""
-        import ray
+    def num_free(self) -> int:
+        """In what Ray has free, less what was claimed but perhaps not yet placed."""
+        from ray._private import state
 
         moment = time.monotonic()
         self._claims = {id_: claim for id_, claim in self._claims.items() if claim.until > moment and self._find(id_)}
         claimed = sum(claim.num_workers for claim in self._claims.values())
-        return num_workers == 0 or self._is_within(ray.available_resources(), num_workers + claimed)
+        return max(0, self._num_within(state.available_resources_per_node()) - claimed)
 
-    def ever_fits(self, num_workers: int) -> bool:
-        """Against what the cluster has in total now."""
-        import ray
+    def num_slots(self) -> int:
+        """In what the nodes that live now have in total."""
+        from ray._private import state
 
-        return self._is_within(ray.cluster_resources(), num_workers)
+        return self._num_within(state.total_resources_per_node())
 
-    def _is_within(self, resources: dict[str, float], num_workers: int) -> bool:
-        needed = {"CPU": self._settings.train_num_cpus, "GPU": self._settings.train_num_gpus}
-        return all(resources.get(name, 0.0) + 1e-6 >= num_workers * each for name, each in needed.items())
+    def _num_within(self, nodes: dict[str, dict[str, float]]) -> int:
+        """Node by node: halves of a worker's resources on two nodes are no room for it."""
+        each = {
+            "CPU": self._settings.train_num_cpus,
+            "GPU": self._settings.train_num_gpus,
+            **self._settings.pin_resources,
+        }
+        return sum(
+            min(int((node.get(name, 0.0) + 1e-6) / need) for name, need in each.items() if need)
+            for node in nodes.values()
+        )
 
     def _find(self, run_id: str) -> Any | None:
         import ray
@@ -170,11 +172,11 @@ class InProcessLauncher:
         self._settings, self._db, self._storage, self._fit, self._num_slots = settings, db, storage, fit, num_slots
         self._locals: dict[str, _Local] = {}
 
-    def start(self, run: Run, job: Job) -> None:
+    def start(self, run: Run) -> None:
         """Start the driver's thread."""
         driver = RunDriver(self._db, self._storage, run, self._fit, self._settings)
         thread = threading.Thread(target=driver.work, name=f"run-{run.id}", daemon=True)
-        self._locals[run.id] = _Local(driver, thread, num_workers_of(job))
+        self._locals[run.id] = _Local(driver, thread, run.num_workers or 0)
         thread.start()
 
     def is_alive(self, run_id: str) -> bool:
@@ -192,14 +194,14 @@ class InProcessLauncher:
         if run_id in self._locals:
             self._locals[run_id].driver.recorder.abandon()
 
-    def fits(self, num_workers: int) -> bool:
+    def num_free(self) -> int:
         """Slots of live threads are taken."""
         self._locals = {id_: local for id_, local in self._locals.items() if local.thread.is_alive()}
-        return sum(local.num_workers for local in self._locals.values()) + num_workers <= self._num_slots
+        return self._num_slots - sum(local.num_workers for local in self._locals.values())
 
-    def ever_fits(self, num_workers: int) -> bool:
-        """Whether there are so many slots."""
-        return num_workers <= self._num_slots
+    def num_slots(self) -> int:
+        """As many as were given."""
+        return self._num_slots
 
     def join(self, timeout_s: float) -> bool:
         """Wait for all runs to end; whether they did."""

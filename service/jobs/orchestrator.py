@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from service.jobs import endings
 from service.jobs.launchers import Launcher
 from service.jobs.preparation import Problem, find_problem, is_ready_to_plan
-from service.jobs.queue import Queue
+from service.jobs.queue import Queue, worker_range
 from service.jobs.states import Desired, JobKind, JobState
 from service.jobs.task_runners import TaskRunner
 from service.jobs.tasks import LEASE_S, MAX_ATTEMPTS, retry_or_give_up
@@ -37,6 +37,7 @@ LEASE_TTL_S = 10.0
 LAUNCH_GRACE_S = 5.0  # a run without a driver so long after its row was never launched
 START_PATIENCE = 3  # heartbeat time-outs that a driver's process gets to its first heartbeat on a busy machine
 CLEAN_EVERY_S = 600.0
+GROWTH_S = 60.0  # of work that a run must have behind and before it, to be worth a restart with more workers
 
 
 class Fleet(Protocol):
@@ -60,6 +61,7 @@ class Orchestrator:
         self._epoch: int | None = None
         self._held_until = 0.0  # monotonic; when the lease should be prolonged if nothing was written
         self._next_cleaning = 0.0  # monotonic
+        self._growing = ""  # the run that was last asked to make way for one with more workers
         self._drain_until: float | None = None  # monotonic; set once draining began
         self._drained = threading.Event()
 
@@ -74,6 +76,7 @@ class Orchestrator:
             self._stop,
             self._reap,
             self._claim,
+            self._grow,
             self._reconcile,
         ):
             try:
@@ -184,13 +187,36 @@ class Orchestrator:
             queued = jobs.in_state(tx, JobState.QUEUED)
         if self._drain_until is not None:
             return
-        for job in self._queue.startable(queued):
-            run = self._start_run(job)
-            self._launcher.start(run, job)  # if we die before this, the run is reaped and the job queued again
+        for job, num_workers in self._queue.startable(queued):
+            run = self._start_run(job, num_workers)
+            self._launcher.start(run)  # if we die before this, the run is reaped and the job queued again
         for job in self._queue.take_never_fitting():
             text = "The job waits: it asks for more workers than this cluster has resources for"
             with self._write() as tx:
                 events.add(tx, job, text, level="warn", dedup_key=f"{job.id}:never-fits")
+
+    def _grow(self) -> None:
+        """Once there is room for all workers of a run that began with fewer, and no job that could use it waits, have
+        the run checkpoint and begin again."""
+        live = self._live()
+        with self._db.read() as tx:
+            queued = jobs.in_state(tx, JobState.QUEUED)
+        if self._drain_until is not None or any(run.id == self._growing for run, _job in live):
+            return
+        if any(worker_range(job)[0] <= self._launcher.num_slots() for job in queued):
+            return
+        for run, job in live:
+            _least, most = worker_range(job)
+            num_workers = most if run.num_workers is None else run.num_workers
+            if num_workers == most or job.desired != Desired.RUN or not _is_worth_a_restart(run, job):
+                continue
+            if num_workers + self._launcher.num_free() >= most:
+                self._launcher.ask_stop(run.id)
+                self._growing = run.id
+                text = f"There is room for {most} workers now: the run makes a checkpoint and begins again with them."
+                with self._write() as tx:
+                    events.add(tx, job, text, dedup_key=f"{run.id}:grows")
+                return
 
     def _reconcile(self) -> None:
         """Bring the deployments in line with the models."""
@@ -198,14 +224,19 @@ class Orchestrator:
 
     # Helpers
 
-    def _start_run(self, job: Job) -> Run:
+    def _start_run(self, job: Job, num_workers: int) -> Run:
         assert self._epoch is not None
         with self._write() as tx:
             started_at = now() if job.started_at is None else job.started_at
             job = jobs.move(tx, job.id, JobState.RUNNING, expect={JobState.QUEUED}, started_at=started_at)
-            run = runs.start(tx, job.id, self._epoch)
+            run = runs.start(tx, job.id, self._epoch, num_workers)
             begins = "Sweep started" if job.kind == JobKind.SWEEP else "Fine-tuning job started"
             events.add(tx, job, f"The job continues {endings.where_from(tx, job)}" if run.attempt > 1 else begins)
+            least, most = worker_range(job)
+            if least < most:
+                why = "" if num_workers == most else ": the cluster has no room for more"
+                text = f"Runs with {num_workers} of up to {most} workers{why}."
+                events.add(tx, job, text, data={"num_workers": num_workers})
         return run
 
     def _fail(self, job: Job, problem: Problem) -> None:
@@ -244,3 +275,8 @@ class Orchestrator:
             leases.hold(tx, LEASE, self._epoch, LEASE_TTL_S)
             yield tx
         self._held_until = time.monotonic() + LEASE_TTL_S / 4
+
+
+def _is_worth_a_restart(run: Run, job: Job) -> bool:
+    finish_at = job.estimated_finish_at  # known from the second step on
+    return finish_at is not None and run.created_at + GROWTH_S < now() < finish_at - GROWTH_S

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.engine.support import why_not
 from service.settings import Settings
-from service.store import bases, jobs, metrics
+from service.store import bases, jobs, metrics, runs
 from service.store.database import Database
 from service.store.tables import Job
 from training.spec import AUTO, TrainSpec
@@ -116,12 +116,18 @@ def _of_earlier_job(settings: Settings, db: Database, spec: TrainSpec) -> tuple[
             if _kind(done) != _kind(spec) or numbers.get("num_gpus_per_worker") != settings.train_num_gpus:
                 continue
             steps = metrics.merged(tx, job.id, "step")[1:]  # the first one warms up
-            seconds = sum(step.data["num_trained_tokens"] / step.data["tokens_per_s"] for step in steps)
+            workers = runs.num_workers(tx, job.id)  # an elastic job has had fewer in some attempts
+            seconds = sum(  # of all workers together
+                (workers.get(step.attempt) or done.num_workers)
+                * step.data["num_trained_tokens"]
+                / step.data["tokens_per_s"]
+                for step in steps
+            )
             n_epochs = done.hyperparameters.n_epochs
             if len(steps) < MIN_STEPS or not seconds or n_epochs == AUTO:
                 continue
             num_tokens = n_epochs * numbers["num_tokens"] * len(steps) / numbers["total_steps"]
-            return job, num_tokens / seconds / done.num_workers
+            return job, num_tokens / seconds
     return None
 
 

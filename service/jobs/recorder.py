@@ -129,6 +129,12 @@ class RunRecorder:
             endings.lost(tx, runs.hold(tx, self.run_id, self._epoch), reason=reason, max_attempts=max_attempts)
         self.over.set()
 
+    def requeue(self) -> None:
+        """The attempt found no room for its workers: the job goes back to the queue, which counts the room again."""
+        with self._lock, self._db.write() as tx:
+            endings.stopped(tx, runs.hold(tx, self.run_id, self._epoch), step=None)
+        self.over.set()
+
     # Items to rows
 
     def _store(self, items: list[ProgressItem]) -> Wish:

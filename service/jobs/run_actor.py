@@ -36,6 +36,8 @@ class RunDriverActor:
         storage = Storage(settings.resolved_storage_url)
         with self._db.read() as tx:
             run = runs.get(tx, run_id)
+        assert run.num_workers is not None, "a run of an earlier version was started"
+        self._num_workers = run.num_workers
         self._metrics = Metrics(_hub_client(instance_id))
         self._driver = RunDriver(self._db, storage, run, self._fit, settings, self._metrics)
         self._this = ray.get_runtime_context().current_actor
@@ -76,6 +78,7 @@ class RunDriverActor:
                 settings.resolved_storage_url,
                 run_key,
                 self._this,
+                num_workers=self._num_workers,
                 num_cpus_per_worker=settings.train_num_cpus,
                 num_gpus_per_worker=settings.train_num_gpus,
                 num_threads=settings.train_num_threads,
@@ -83,6 +86,8 @@ class RunDriverActor:
                 run_name=recorder.run_id,
                 local_dir=str(local_dir),
             )
+        except ray_run.NoRoom:
+            recorder.requeue()
         finally:
             for leftover in (local_dir / recorder.run_id, local_dir / "scratch" / recorder.run_id):
                 shutil.rmtree(leftover, ignore_errors=True)

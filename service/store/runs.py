@@ -15,7 +15,7 @@ class RunLost(Exception):
     """The run was ended by somebody else; its driver and workers must stop."""
 
 
-def start(tx: Session, job_id: str, epoch: int) -> Run:
+def start(tx: Session, job_id: str, epoch: int, num_workers: int) -> Run:
     """A new attempt, one higher than the last."""
     attempt = (tx.scalar(select(func.max(Run.attempt)).where(Run.job_id == job_id)) or 0) + 1
     moment = now()
@@ -25,6 +25,7 @@ def start(tx: Session, job_id: str, epoch: int) -> Run:
         job_id=job_id,
         attempt=attempt,
         epoch=epoch,
+        num_workers=num_workers,
         state="active",
         heartbeat_at=moment,  # equal until the driver's first own heartbeat
     )
@@ -46,6 +47,11 @@ def active(tx: Session) -> list[Run]:
 def last(tx: Session, job_id: str) -> Run | None:
     """The job's newest attempt."""
     return tx.scalar(select(Run).where(Run.job_id == job_id).order_by(Run.attempt.desc()).limit(1))
+
+
+def num_workers(tx: Session, job_id: str) -> dict[int, int | None]:
+    """With how many train workers each attempt was."""
+    return {run.attempt: run.num_workers for run in tx.scalars(select(Run).where(Run.job_id == job_id))}
 
 
 def num_lost(tx: Session, job_id: str, since: float = 0.0) -> int:

@@ -186,6 +186,7 @@ class Run(Listable, Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     attempt: Mapped[int]
     epoch: Mapped[int]  # the orchestrator's lease epoch that made it
+    num_workers: Mapped[int | None]  # train workers that it has; a sweep's 0; None in runs of an earlier version
     state: Mapped[str] = mapped_column(String(16), index=True)  # active | ended
     outcome: Mapped[str | None] = mapped_column(String(32))  # succeeded | paused | requeued | cancelled | failed | lost
     heartbeat_at: Mapped[float]

@@ -21,9 +21,10 @@ from service.platform import Platform
 from service.serving.catalog import Catalog
 from service.serving.engines import InProcessEngines
 from service.settings import Settings
-from service.store import bases, instance, keys, migrate
+from service.store import bases, instance, keys
 from service.store.database import Database
 from service.store.instance import DEFAULT_PROJECT
+from tests.database import migrated
 from training.storage import Storage
 
 BASE = "tiny"
@@ -57,8 +58,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory, admin_key: str) -> Iterat
     settings = Settings(
         home=tmp_path_factory.mktemp("home"), engine="echo", max_body_bytes=MAX_BODY_BYTES, max_train_workers=4
     )
-    db = Database(settings.resolved_database_url)
-    migrate.upgrade(db)
+    db = migrated(settings.resolved_database_url)
     with db.write() as tx:
         instance_id = instance.get_or_create(tx)
         keys.put_admin(tx, admin_key)

@@ -21,6 +21,7 @@ from tests.training.runs import write_preferences, write_rows
 from training.storage import Storage
 
 LN_2 = 0.693147
+TOO_MANY = {"num_workers": 2}  # more than there are: the job stays in the queue
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,9 @@ def test_a_checkpoint_and_an_alias_are_starts_too(client: OpenAI, files: dict[st
     child = train(client, checkpoint.fine_tuned_model_checkpoint, files["valid"])
     assert curve(client, child, "train_loss")[0] == pytest.approx(checkpoint.metrics.valid_loss, rel=1e-5)
     client.put("/aliases/helper", body={"model": model_of(parent)}, cast_to=dict[str, Any])
-    child = train(client, "helper", files["valid"])
-    assert child.model == model_of(parent), "an alias may move, the lineage does not"
+    waiting = client.fine_tuning.jobs.create(model="helper", training_file=files["train"], extra_body=TOO_MANY)
+    assert waiting.model == model_of(parent), "an alias may move, the lineage does not"
+    client.fine_tuning.jobs.cancel(waiting.id)
 
 
 def test_parent_and_child_answer_side_by_side(client: OpenAI, files: dict[str, str], parent: FineTuningJob) -> None:
@@ -175,21 +177,33 @@ def test_the_same_settings_and_another_dropout_are_accepted(
     client: OpenAI, files: dict[str, str], parent: FineTuningJob
 ) -> None:
     adapter = {"rank": 4, "alpha": "auto", "targets": ["v_proj", "q_proj"], "dropout": 0.1}
-    body = {"adapter": adapter, "num_workers": 2}  # more than there are: it stays in the queue
+    body = {"adapter": adapter, **TOO_MANY}
     job = client.fine_tuning.jobs.create(model=model_of(parent), training_file=files["train"], extra_body=body)
     shown = (job.model_extra or {})["adapter"]
     assert shown == {**(parent.model_extra or {})["adapter"], "dropout": 0.1}
     client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_a_model_that_an_open_job_starts_from_cannot_be_deleted(
-    client: OpenAI, files: dict[str, str], parent: FineTuningJob
+def test_a_start_is_kept_for_its_open_jobs_and_must_be_whole(
+    client: OpenAI, platform: Platform, files: dict[str, str], parent: FineTuningJob
 ) -> None:
     start = model_of(train(client, model_of(parent), files["valid"]))
-    job = client.fine_tuning.jobs.create(model=start, training_file=files["train"], extra_body={"num_workers": 2})
+    job = client.fine_tuning.jobs.create(model=start, training_file=files["train"], extra_body=TOO_MANY)
     with pytest.raises(openai.BadRequestError, match=job.id):
         client.models.delete(start)
     client.fine_tuning.jobs.cancel(job.id)
+
+    with platform.db.read() as tx:
+        key = models.get(tx, DEFAULT_PROJECT, start).storage_key
+    manifest = json.loads(platform.storage.read_bytes(f"{key}/manifest.json"))
+    platform.storage.write_bytes(f"{key}/manifest.json", json.dumps({**manifest, "step": 99}).encode())
+    made = client.fine_tuning.jobs.create(model=start, training_file=files["train"])
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(made.id).status == "failed")
+    error = client.fine_tuning.jobs.retrieve(made.id).error
+    assert error is not None
+    assert (error.code, error.param) == ("start_model_missing", "model")
+    assert client.fine_tuning.jobs.retrieve(made.id).to_dict()["started_at"] is None, "it was never queued"
+
     assert client.models.delete(start).deleted
     with pytest.raises(openai.NotFoundError):
         client.fine_tuning.jobs.create(model=start, training_file=files["train"])
@@ -198,7 +212,7 @@ def test_a_model_that_an_open_job_starts_from_cannot_be_deleted(
 def test_a_checkpoint_of_a_running_job_is_no_start(
     client: OpenAI, platform: Platform, files: dict[str, str], parent: FineTuningJob
 ) -> None:
-    waiting = client.fine_tuning.jobs.create(model=BASE, training_file=files["train"], extra_body={"num_workers": 2})
+    waiting = client.fine_tuning.jobs.create(model=BASE, training_file=files["train"], extra_body=TOO_MANY)
     with platform.db.write() as tx:
         row = models.get(tx, DEFAULT_PROJECT, model_of(parent))
         fields = {
@@ -214,19 +228,3 @@ def test_a_checkpoint_of_a_running_job_is_no_start(
         client.fine_tuning.jobs.create(model="ft:tiny:ckpt-step-1", training_file=files["train"])
     assert caught.value.param == "model"
     client.fine_tuning.jobs.cancel(waiting.id)
-
-
-def test_a_start_whose_weights_were_lost_fails_before_it_is_queued(
-    client: OpenAI, platform: Platform, files: dict[str, str], parent: FineTuningJob
-) -> None:
-    start = model_of(train(client, model_of(parent), files["valid"]))
-    with platform.db.read() as tx:
-        key = models.get(tx, DEFAULT_PROJECT, start).storage_key
-    manifest = json.loads(platform.storage.read_bytes(f"{key}/manifest.json"))
-    platform.storage.write_bytes(f"{key}/manifest.json", json.dumps({**manifest, "step": 99}).encode())
-    made = client.fine_tuning.jobs.create(model=start, training_file=files["train"])
-    wait_for(lambda: client.fine_tuning.jobs.retrieve(made.id).status == "failed")
-    error = client.fine_tuning.jobs.retrieve(made.id).error
-    assert error is not None
-    assert (error.code, error.param) == ("start_model_missing", "model")
-    assert client.fine_tuning.jobs.retrieve(made.id).to_dict()["started_at"] is None

@@ -206,6 +206,12 @@ def dpo(**hyperparameters: Any) -> dict[str, Any]:
         ({"adapter": {"targets": [1]}}, "adapter.targets.0", "invalid_type"),
         ({"num_workers": 0}, "num_workers", "invalid_value"),
         ({"num_workers": 5}, "num_workers", "invalid_value"),
+        ({"num_workers": {"min": 1, "max": 5}}, "num_workers.max", "invalid_value"),
+        ({"num_workers": {"min": 0, "max": 2}}, "num_workers.min", "invalid_value"),
+        ({"num_workers": {"min": 3, "max": 2}}, "num_workers", "invalid_value"),
+        ({"num_workers": {"max": 2}}, "num_workers.min", "missing_required_parameter"),
+        ({"num_workers": {"min": 1, "max": 2, "step": 1}}, "num_workers.step", "unknown_parameter"),
+        ({"num_workers": "1-4"}, "num_workers", "invalid_type"),
         ({"validation_split": 0.6}, "validation_split", "invalid_value"),
         ({"validation_split": 0.1, "validation_file": "file-2"}, "validation_split", "invalid_value"),
         ({"early_stopping": {"patience": 2}}, "early_stopping", "invalid_value"),  # nothing to watch

@@ -225,7 +225,7 @@ def test_a_file_that_a_job_needs_cannot_be_deleted(project_client: OpenAI, train
 @needs_shared
 def test_naughty_file_names_are_stored_safely(project_client: OpenAI) -> None:
     names: list[str] = json.loads((DATA / "ugly-blns" / "blns.json").read_text())
-    for name in [*names[::4], "../../etc/passwd", "a\\b", "\r\nset-cookie: x"]:
+    for name in [*names[::16], "../../etc/passwd", "a\\b", "\r\nset-cookie: x"]:
         made = project_client.files.create(file=(name, b"x"), purpose="user_data")
         assert made.filename
         assert "/" not in made.filename
@@ -234,8 +234,10 @@ def test_naughty_file_names_are_stored_safely(project_client: OpenAI) -> None:
 
 
 @needs_shared
-def test_every_malformed_file_is_answered_clearly(project_client: OpenAI, platform: Platform) -> None:
-    for path in sorted(path for path in DATA.glob("ugly-*/**/*") if path.is_file()):
+def test_malformed_files_are_answered_clearly(project_client: OpenAI, platform: Platform) -> None:
+    """Some of those that tests/files validates, and each that is empty."""
+    paths = sorted(path for path in DATA.glob("ugly-*/**/*") if path.is_file())
+    for path in [*paths[::16], *(path for path in paths if path.name == "chatml.jsonl" or not path.stat().st_size)]:
         data = path.read_bytes()
         if not data:
             with pytest.raises(BadRequestError):

@@ -86,6 +86,17 @@ def test_given_settings_are_echoed_and_become_the_spec(
     assert row.spec["validation_key"] == f"files/{held_out}"
 
 
+def test_a_range_of_workers_is_echoed_and_becomes_the_spec(
+    project_client: OpenAI, platform: Platform, training_file: str
+) -> None:
+    body = {"num_workers": {"min": 2, "max": 4}}
+    job = project_client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=body)
+    assert extra(job, "num_workers") == body["num_workers"]
+    with platform.db.read() as tx:
+        spec = jobs.by_id(tx, job.id).spec
+    assert (spec["min_workers"], spec["num_workers"]) == (2, 4)
+
+
 def test_our_hyperparameters_ride_in_the_method(project_client: OpenAI, training_file: str) -> None:
     ours = {"learning_rate": 0.001, "lr_scheduler": "cosine", "warmup_ratio": 0, "max_length": 64}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": ours}}

@@ -11,28 +11,36 @@ import openai
 import pytest
 from openai import OpenAI
 
+from service.api import validate_job
+from service.api.views import plan_json
 from service.jobs.preview import preview
 from service.jobs.rehearsal import Rehearsal
 from service.jobs.states import JobState
 from service.platform import Platform
+from service.settings import Settings
 from service.store import bases, files, jobs, metrics, tasks
 from service.store.instance import DEFAULT_PROJECT
 from tests.api.conftest import NewClient, upload
 from tests.api.live import ECHO, live_service, sync_client, ticking
-from tests.training.runs import make_base
+from tests.training.runs import BASE_KEY, make_base
 from training.estimate import START_S
 from training.plan import plan
-from training.spec import BaseRef, TrainSpec
+from training.spec import BaseRef, ClassificationSpec, TrainSpec
 
 PATIENCE_S = 60
 TINY = "tiny-llama"
+BASE = BaseRef(id=TINY, key=BASE_KEY, content_hash="0123")
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, OpenAI]]:
     """A service with a real tiny base, and an orchestrator that ticks beside it."""
-    with live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        live_service(tmp_path_factory.mktemp("home"), validate_timeout_s=240) as (platform, url, secret),
+    ):
+        patch.setattr(validate_job, "POLL_S", 0.02)
         ref = make_base(platform.storage)
         with platform.db.write() as tx:
             bases.add(tx, project_id=DEFAULT_PROJECT, created_by=None, id=TINY, source="starter", revision=None)
@@ -52,6 +60,11 @@ def send(client: OpenAI, rows: list[Any]) -> str:
 def validate(client: OpenAI, training_file: str, **fields: Any) -> dict[str, Any]:
     body = {"model": TINY, "training_file": training_file, **fields}
     return client.post("/fine_tuning/jobs/validate", cast_to=dict[str, Any], body=body)
+
+
+def on_gpus(platform: Platform) -> Settings:
+    """Of a service that trains on GPUs, where planning tries nothing out."""
+    return platform.settings.model_copy(update={"train_num_gpus": 1.0})
 
 
 def rows_of(platform: Platform) -> tuple[int, int]:
@@ -89,7 +102,7 @@ def test_the_speed_of_an_earlier_job_counts_and_full_weights_answer_by_themselve
     file_id = upload(client, platform, (json.dumps(ROW).encode() + b"\n") * 20)
     with platform.db.write() as tx:
         key = files.get(tx, DEFAULT_PROJECT, file_id).storage_key
-    spec = TrainSpec(base=BaseRef(id=TINY, key="bases/tiny", content_hash="0123"), training_key=key, adapter=None)
+    spec = TrainSpec(base=BASE, training_key=key, adapter=None)
     made = plan(spec, platform.storage)
     with platform.db.write() as tx:
         fields: dict[str, Any] = {"project_id": DEFAULT_PROJECT, "created_by": None, "priority": 0, "base_id": TINY}
@@ -109,8 +122,7 @@ def test_the_speed_of_an_earlier_job_counts_and_full_weights_answer_by_themselve
     assert seen["duration_s"] == pytest.approx(0.5 * made.total_steps + START_S, abs=3.0)
     assert seen["serving"]["can_be_served"]
     assert seen["serving"]["deployment"] == "its own"
-    on_gpus = native.model_copy(update={"train_num_gpus": 1.0})
-    unknown = preview(on_gpus, platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
+    unknown = preview(on_gpus(platform), platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
     assert unknown["duration_s"] is None
     assert unknown["time_basis"].startswith("unknown: ")
 
@@ -159,10 +171,25 @@ def test_a_body_is_checked_as_by_create(service: tuple[Platform, OpenAI]) -> Non
         assert caught.value.param == param
 
 
-def test_of_a_classification_only_what_can_be_chosen_is_a_hyperparameter(service: tuple[Platform, OpenAI]) -> None:
+def test_a_range_of_workers_is_planned_for_the_most(service: tuple[Platform, OpenAI]) -> None:
     _, client = service
-    file_id = send(client, [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)])
-    seen = validate(client, file_id, method={"type": "classification"})["resolved"]["method"]["classification"]
+    file_id = send(client, [ROW] * 20)
+    seen = validate(client, file_id, num_workers={"min": 1, "max": 2})
+    assert seen["num_workers"] == {"min": 1, "max": 2}
+    alike = validate(client, file_id, num_workers=2)
+    for name in ("resolved", "peak_memory_bytes", "total_steps"):
+        assert {**seen, "seed": 0}[name] == alike[name]
+
+
+def test_of_a_classification_only_what_can_be_chosen_is_a_hyperparameter(service: tuple[Platform, OpenAI]) -> None:
+    platform, _ = service
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    platform.storage.write_bytes("files/labelled", "\n".join(map(json.dumps, rows)).encode())
+    spec = TrainSpec(
+        base=BASE, training_key="files/labelled", method="classification", classification=ClassificationSpec()
+    )
+    made = preview(on_gpus(platform), platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]
+    seen = plan_json(made, seed=None)["resolved"]["method"]["classification"]
     assert seen["hyperparameters"].keys() >= {"class_weights", "label_smoothing", "n_epochs"}
     assert not seen["hyperparameters"].keys() & {"labels", "label_counts"}
 

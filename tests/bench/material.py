@@ -1,10 +1,13 @@
-"""What training is measured on: random models of two sizes with one tokenizer, and real chat rows."""
+"""What training is measured on: random models of two sizes with one tokenizer, and real chat and preference rows."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import random
+import shutil
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.shared import DATA
 from tests.training.runs import SPECIALS, write_model
 from training.artifact import Fingerprint, Manifest, commit, hash_files
-from training.records import iter_records
+from training.batches import Batches
+from training.records import iter_records, sequences_of
 from training.render import Example, Renderer
-from training.spec import BaseRef
+from training.spec import BaseRef, TrainSpec
 from training.storage import Storage
 
 MAX_LENGTH = 512
@@ -54,15 +58,40 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def chat_rows() -> list[dict[str, Any]]:
     """Questions and answers of two public data sets, shuffled."""
-    alpaca = json.loads((DATA / "llamafactory/alpaca_en_demo.json").read_text())
-    pairs = [(f"{row['instruction']}\n{row['input']}".strip(), row["output"]) for row in alpaca]
     lines = (DATA / "gsm8k/train.jsonl").read_text().splitlines()
-    pairs += [(row["question"], row["answer"]) for row in map(json.loads, lines)]
-    random.Random(0).shuffle(pairs)
+    rows = alpaca_rows() + [_chat(row["question"], row["answer"]) for row in map(json.loads, lines)]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def alpaca_rows() -> list[dict[str, Any]]:
+    """Instructions and answers, in the order of their file."""
+    rows = json.loads((DATA / "llamafactory/alpaca_en_demo.json").read_text())
+    return [_chat(f"{row['instruction']}\n{row['input']}".strip(), row["output"]) for row in rows]
+
+
+def _chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def preference_rows() -> list[dict[str, Any]]:
+    """Conversations with two answers each, in OpenAI's shape."""
+    rows = json.loads((DATA / "llamafactory/dpo_en_demo.json").read_text())
     return [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in pairs
+        {
+            "input": {"messages": [_message(turn) for turn in row["conversations"]]},
+            "preferred_output": [_message(row["chosen"])],
+            "non_preferred_output": [_message(row["rejected"])],
+        }
+        for row in rows
     ]
+
+
+_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+def _message(turn: dict[str, str]) -> dict[str, str]:
+    return {"role": _ROLES[turn["from"]], "content": turn["value"]}
 
 
 def make_bases(storage: Storage, rows: list[dict[str, Any]]) -> dict[str, BaseRef]:
@@ -102,28 +131,45 @@ def make_base(
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     write_model(folder, model, dtype)
+    return _commit_base(storage, key, size, dtype)
+
+
+def copy_base(storage: Storage, source: Path) -> BaseRef:
+    """A model folder without a chat template, committed under its name with ours."""
+    key = f"bases/{source.name}"
+    folder = Path(storage.path(key))
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return _commit_base(storage, key, source.name, torch.float32)
+
+
+def _commit_base(storage: Storage, key: str, name: str, dtype: torch.dtype) -> BaseRef:
     stored = str(dtype).removeprefix("torch.")
     fingerprint = Fingerprint(chat_template="-", tokenizer="-", special_tokens="-", dtype=stored, adapter="none")
-    files = hash_files(storage, key, [file.name for file in folder.iterdir()])
-    manifest = Manifest(kind="base", files=files, base_id=size, base_content_hash=size, fingerprint=fingerprint)
+    files = hash_files(storage, key, [file.name for file in Path(storage.path(key)).iterdir()])
+    manifest = Manifest(kind="base", files=files, base_id=name, base_content_hash=name, fingerprint=fingerprint)
     commit(storage, key, manifest)
-    return BaseRef(id=size, key=key, content_hash=size)
+    return BaseRef(id=name, key=key, content_hash=name)
 
 
 class Rows:
-    """The rows that fit, with their lengths."""
+    """The rows that fit, with their lengths; both sides of a preference must."""
 
-    def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, rows: list[dict[str, Any]], max_length: int = MAX_LENGTH) -> None:
         lines = [json.dumps(row) for row in rows]
-        records = [record for _, record in iter_records(io.BytesIO("\n".join(lines).encode()))]
-        examples = list(Renderer.load(folder).encode_examples(iter(records)))
-        kept = [
-            (line, example)
-            for line, example in zip(lines, examples, strict=True)
-            if isinstance(example, Example) and len(example.token_ids) <= MAX_LENGTH
-        ]
-        self.lines = [line for line, _ in kept]
-        self.mean_length = sum(len(example.token_ids) for _, example in kept) / len(kept)
+        records = iter_records(io.BytesIO("\n".join(lines).encode()))
+        sequences = [sequences_of(record) for _, record in records]
+        examples = Renderer.load(folder).encode_examples(chain.from_iterable(sequences))
+        self.lines: list[str] = []
+        num_tokens = 0
+        for line, parts in zip(lines, sequences, strict=True):
+            lengths = [_length(example) for example in islice(examples, len(parts))]
+            if max(lengths) <= max_length:
+                self.lines.append(line)
+                num_tokens += int(sum(lengths))
+        self.mean_length = num_tokens / len(self.lines)
 
     def per_tokens(self, num_tokens: int) -> int:
         """How many rows have about as many tokens."""
@@ -133,6 +179,18 @@ class Rows:
         """Some of them as JSONL."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(self.lines[first : first + num_rows]))
+
+
+def _length(example: Example | Exception) -> float:
+    return len(example.token_ids) if isinstance(example, Example) else math.inf
+
+
+def write_in_order(spec: TrainSpec, storage: Storage, path: Path) -> None:
+    """The rows of a training file in the order in which our loop takes them in its first epoch."""
+    lines = Path(storage.path(spec.training_key)).read_text().splitlines()
+    batches = Batches(lines, batch_size=spec.hyperparameters.batch_size, n_epochs=1, seed=spec.seed)
+    steps = range(1, batches.total_steps + 1)
+    path.write_text("\n".join(lines[index] for step in steps for index in batches.indices(step)))
 
 
 def make_material(storage: Storage) -> tuple[dict[str, BaseRef], Rows]:

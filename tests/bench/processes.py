@@ -15,7 +15,7 @@ from training.spec import TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / ".peers/trl/bin/python"
-TRL_SFT = ROOT / "tests/bench/peers/trl_sft.py"
+PEERS = ROOT / "tests/bench/peers"
 USAGE = ROOT / "tests/bench/usage.py"
 
 
@@ -63,9 +63,9 @@ def train(spec: TrainSpec, folder: Path, name: str, num_threads: int = 0) -> tup
     return [item for item in items if item["kind"] == "step"], took
 
 
-def train_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def train_peer(settings: dict[str, Any], script: str = "trl_sft.py") -> tuple[dict[str, Any], int]:
     """A run of the peer with the fields of `Settings` in its script: what that prints last, and peak memory."""
-    took = measured([str(PEER), str(TRL_SFT), json.dumps(settings)])
+    took = measured([str(PEER), str(PEERS / script), json.dumps(settings)])
     result: dict[str, Any] = json.loads(took.output.splitlines()[-1])
     return result, took.rss_bytes
 

@@ -7,6 +7,8 @@ Each run is a process of its own, with all cores unless said otherwise; its peak
 The peer's mode `best` packs rows to 512 tokens, in bf16, one packed row per micro-batch and without gradient
 checkpointing. More rows per micro-batch are slower for it on a CPU: TRL flattens them into one row, and attention
 then sees the square of their sum. Its mode `default` is 8 padded rows in fp32, with TRL's gradient checkpointing.
+
+Parts, for `--only`: speed (with memory and validation loss), workers, curves (`loss_curve`) and stories (`stories`).
 """
 
 from __future__ import annotations
@@ -14,20 +16,12 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from tests.bench import loss_curve
+from tests.bench import loss_curve, stories
 from tests.bench.material import MAX_LENGTH, make_material
 from tests.bench.processes import PEER, Speed, tokens_per_s, train, train_peer
-from training.attention import PACKED
-from training.evaluation import evaluate
-from training.examples import load_examples
-from training.methods.supervised import loss_sums
-from training.parallel import Workers
+from tests.bench.validation import valid_loss
 from training.spec import Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
@@ -40,11 +34,13 @@ GOALS = {
     "valid_loss_vs_trl": "<= 1.005",
     "two_workers_vs_one": ">= 1.7",
     "rss_vs_trl": "<= 1",
-    "loss_curve_vs_plain": "<= 1e-4",
+    **loss_curve.GOALS,
+    **stories.GOALS,
 }
 RANK, ALPHA = 16, 32.0
 NUM_VALID_ROWS = 200
 NUM_WARMUP_STEPS = 2
+PARTS = ("speed", "workers", "curves", "stories")
 
 
 @dataclass(frozen=True)
@@ -76,13 +72,17 @@ DEFAULT = Case("8m", lora=False, num_packed=0, num_micro_batches=1, num_steps=12
 NUM_DEFAULT_ROWS = 8
 
 
-def run() -> dict[str, float]:
-    """All figures; needs the peer's environment."""
+def run(only: str | None = None) -> dict[str, float]:
+    """The figures of all parts, or of one; needs the peer's environment."""
     if not PEER.exists():
         print("run `make peers` first", file=sys.stderr)
         raise SystemExit(1)
     with tempfile.TemporaryDirectory() as folder:
-        return _Bench(Storage(folder), Path(folder)).run()
+        bench = _Bench(Storage(folder), Path(folder))
+        figures: dict[str, float] = {}
+        for part in PARTS if only is None else (only,):
+            figures |= getattr(bench, part)()
+        return figures
 
 
 class _Bench:
@@ -93,8 +93,8 @@ class _Bench:
         self.bases, self.rows = make_material(storage)
         self.rows.write(Path(storage.path("files/valid")), 0, NUM_VALID_ROWS)
 
-    def run(self) -> dict[str, float]:
-        """Both sides of each comparison, one directly after the other."""
+    def speed(self) -> dict[str, float]:
+        """Both sides of each comparison, one directly after the other; then what they have learnt."""
         figures: dict[str, float] = {}
         rss_ratios = []
         for case in CASES:
@@ -104,26 +104,28 @@ class _Bench:
             figures[f"{case.name}_rss_vs_trl"] = rss_ratios[-1]
         figures["rss_vs_trl"] = max(rss_ratios)
         figures |= _compared("full_8m_vs_trl_default", self._ours(DEFAULT), self._theirs(DEFAULT, best=False))
-        losses = [self._valid_loss(self.folder / f"{side}/{CASES[0].name}") for side in ("ours", "theirs")]
-        figures |= {"valid_loss_vs_trl": losses[0] / losses[1], "valid_loss": losses[0], "trl_valid_loss": losses[1]}
-        one, two = (self._ours(CASES[1], num_workers=number, num_threads=1) for number in (1, 2))
-        figures["two_workers_vs_one"] = two.tokens_per_s / one.tokens_per_s
-        figures["loss_curve_vs_plain"] = self._loss_curve()
-        return figures
+        spec = self._spec(CASES[0], 1).model_copy(update={"training_key": "files/valid"})
+        models = (self.folder / f"{side}/{CASES[0].name}" for side in ("ours", "theirs"))
+        losses = [valid_loss(spec, self.storage, model) for model in models]
+        return figures | {
+            "valid_loss_vs_trl": losses[0] / losses[1],
+            "valid_loss": losses[0],
+            "trl_valid_loss": losses[1],
+        }
 
-    def _loss_curve(self) -> float:
-        """Largest relative difference between our fp32 losses and a plain loop's."""
-        num_rows = loss_curve.NUM_STEPS * loss_curve.ROWS_PER_STEP
-        self.rows.write(Path(self.storage.path("files/curve")), NUM_VALID_ROWS, num_rows)
-        spec = self._spec(CASES[0], 1)
-        changes = {"batch_size": loss_curve.ROWS_PER_STEP, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0}
-        hyper = spec.hyperparameters.model_copy(update=changes)
-        fields = {"training_key": "files/curve", "precision": "fp32", "hyperparameters": hyper}
-        spec = spec.model_copy(update=fields)
-        steps, _ = train(spec, self.folder, "curve")
-        return loss_curve.largest_difference(
-            [step["train_loss"] for step in steps], loss_curve.plain_losses(spec, self.storage)
-        )
+    def workers(self) -> dict[str, float]:
+        """Two workers beside one, each with one thread."""
+        one, two = (self._ours(CASES[1], num_workers=number, num_threads=1) for number in (1, 2))
+        return {"two_workers_vs_one": two.tokens_per_s / one.tokens_per_s}
+
+    def curves(self) -> dict[str, float]:
+        """Our fp32 losses beside those of a plain loop and of TRL."""
+        rows = self.rows.lines[NUM_VALID_ROWS:]
+        return loss_curve.LossCurves(self.storage, self.folder, self.bases["8m"], rows).figures()
+
+    def stories(self) -> dict[str, float]:
+        """A real model after one epoch beside TRL's."""
+        return stories.compare(self.storage, self.folder)
 
     def _rows_per_step(self, case: Case) -> int:
         return self.rows.per_tokens(case.num_packed * MAX_LENGTH) if case.num_packed else NUM_DEFAULT_ROWS
@@ -184,13 +186,6 @@ class _Bench:
         }
         result, rss = train_peer(settings)
         return _speed(result["at"], result["num_tokens"], rss)
-
-    def _valid_loss(self, model_folder: Path) -> float:
-        """Mean over the trained tokens of rows that neither side has seen, in fp32, by one evaluator for both."""
-        spec = self._spec(CASES[0], 1).model_copy(update={"training_key": "files/valid"})
-        examples, _ = load_examples(spec, self.storage)
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation=PACKED)
-        return evaluate(model, partial(loss_sums, spec), examples, Workers(0, 1, torch.device("cpu")), 8).loss
 
 
 def _speed(at: list[float], num_tokens: list[int], rss_bytes: int) -> Speed:

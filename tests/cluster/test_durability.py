@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import ray
 from openai import BadRequestError, OpenAI
+from ray.util import placement_group, remove_placement_group
 
 from tests.cluster.conftest import await_job, await_value
 from tests.cluster.curves import NUM_STEPS, create_job, last_step, losses
@@ -50,10 +52,16 @@ def test_a_killed_run_driver_costs_no_step(client: OpenAI, undisturbed: dict[int
     assert losses(client, job_id) == undisturbed
 
 
-def test_two_workers_give_the_losses_of_one(client: OpenAI) -> None:
-    one = create_job(client, adapter={"type": "lora", "rank": 4})  # dropout draws differ per worker, so none here
-    two = create_job(client, adapter={"type": "lora", "rank": 4}, num_workers=2)
+def test_a_range_of_workers_runs_with_what_has_room_and_gives_the_losses_of_all(client: OpenAI) -> None:
+    room = ray.available_resources()["CPU"]
+    others = placement_group([{"CPU": room - 0.79}])  # leave room for one worker of 0.4 CPU, and an engine or two
+    ray.get(others.ready())
+    one = create_job(client, num_workers={"min": 1, "max": 2})
     await_job(client, one)
+    remove_placement_group(others)
+    events = client.fine_tuning.jobs.list_events(one, limit=100).data
+    assert "Runs with 1 of up to 2 workers: the cluster has no room for more." in [event.message for event in events]
+    two = create_job(client, num_workers=2)
     await_job(client, two)
     assert losses(client, two) == pytest.approx(losses(client, one), rel=1e-4)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from service.store import instance, migrate
+from service.store import instance
 from service.store.database import Database
+from tests.database import migrated
 from training.storage import Storage
 
 
@@ -19,8 +20,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def db(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
-    migrate.upgrade(database)
+    database = migrated(f"sqlite:///{tmp_path / 'test.db'}")
     with database.write() as tx:
         instance.get_or_create(tx)
     yield database

@@ -52,7 +52,7 @@ def claim_by_hand(world: World, job: Job) -> Run:
     """The rows of a run whose driver was never started."""
     with world.db.write() as tx:
         jobs.move(tx, job.id, JobState.RUNNING)
-        return runs.start(tx, job.id, epoch=1)
+        return runs.start(tx, job.id, epoch=1, num_workers=1)
 
 
 def lose(world: World, run: Run) -> None:
@@ -160,7 +160,7 @@ def test_a_second_orchestrator_waits_and_takes_over_when_the_first_is_gone(world
         leases.release(tx, LEASE, epoch=1)
     second.tick()
     with pytest.raises(LeaseLost):
-        world.orchestrator._start_run(job)
+        world.orchestrator._start_run(job, 1)
     assert len(world.messages(job)) == len(set(world.messages(job)))
 
 
@@ -350,11 +350,11 @@ def test_a_large_job_is_passed_for_a_while_but_does_not_starve(world: World) -> 
     occupied, large, small = world.queue(), world.queue(num_workers=2), world.queue()
     hold = threading.Event()
     launcher._fit = lambda *_: hold.wait(PATIENCE_S) and None  # type: ignore[assignment]
-    launcher.start(claim_by_hand(world, occupied), occupied)
+    launcher.start(claim_by_hand(world, occupied))
     queue = Queue(launcher, patience_s=60.0)
-    assert [job.id for job in queue.startable([large, small], clock=lambda: 0.0)] == [small.id]
-    assert [job.id for job in queue.startable([large, small], clock=lambda: 59.0)] == [small.id]
-    assert [job.id for job in queue.startable([large, small], clock=lambda: 61.0)] == []
+    assert [job.id for job, _ in queue.startable([large, small], clock=lambda: 0.0)] == [small.id]
+    assert [job.id for job, _ in queue.startable([large, small], clock=lambda: 59.0)] == [small.id]
+    assert [job.id for job, _ in queue.startable([large, small], clock=lambda: 61.0)] == []
     hold.set()
     assert launcher.join(PATIENCE_S)
-    assert next(queue.startable([large, small], clock=lambda: 62.0)).id == large.id
+    assert next(queue.startable([large, small], clock=lambda: 62.0))[0].id == large.id

@@ -46,7 +46,7 @@ def act(world: World, job: Job, action: str) -> None:
     elif action == "claim" and world.job(job).state == JobState.QUEUED:
         with world.db.write() as tx:
             jobs.move(tx, job.id, JobState.RUNNING, expect={JobState.QUEUED})
-            runs.start(tx, job.id, epoch=1)
+            runs.start(tx, job.id, epoch=1, num_workers=1)
     elif action in ENDINGS:
         for run in live_runs(world):
             with world.db.write() as tx:

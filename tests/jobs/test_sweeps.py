@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.jobs import endings
+from service.jobs import endings, sweep_driver
 from service.jobs.launchers import LoopFit
 from service.jobs.publish import artifact_key
 from service.jobs.recorder import RunRecorder
@@ -25,6 +25,14 @@ from training.spec import Hyperparameters, TrainSpec
 from training.storage import Storage
 
 Build = Callable[..., World]
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver looks at its trials again at once: these take milliseconds."""
+    monkeypatch.setattr(sweep_driver, "LOOK_S", 0.01)
+
+
 REQUEST = {"model": "tiny", "hyperparameters": {"n_epochs": 3, "batch_size": 5}, "integrations": []}
 NUM_STEPS = 6  # 10 training rows, 5 a step, 3 epochs; a rehearsal does not count for itself
 
@@ -107,7 +115,7 @@ def lose_driver(world: World, sweep: Job) -> None:
         assert endings.lost(tx, run, reason="The worker was lost", max_attempts=world.settings.max_attempts)
 
 
-def test_the_best_trials_model_is_the_sweeps(build: Build) -> None:
+def test_the_best_trials_model_is_the_sweeps_and_the_artifacts_of_the_others_are_removed(build: Build) -> None:
     world = sweeping(build)
     sweep = world.tick_to(create(world), JobState.SUCCEEDED)
     trials = trials_of(world, sweep)
@@ -134,6 +142,11 @@ def test_the_best_trials_model_is_the_sweeps(build: Build) -> None:
     assert sweep.trained_tokens == 3 * NUM_STEPS * TOKENS_PER_STEP
     assert world.result_csv(sweep) == world.result_csv(trials[1])
 
+    def kept() -> list[bool]:
+        return [read_manifest(world.storage, artifact_key(trial.id)) is not None for trial in trials]
+
+    world.tick_until(lambda: kept() == [False, True, False])
+
 
 def test_the_sweeps_events_tell_every_trial(build: Build) -> None:
     world = sweeping(build)
@@ -155,16 +168,6 @@ def test_the_sweeps_events_tell_every_trial(build: Build) -> None:
     assert (told.data["trial"], told.data["num_trials"], told.data["step"]) == (3, 3, NUM_STEPS)
     assert world.messages(first)[0] == f"Created as trial 1 of 3 of the sweep {sweep.id}: learning_rate 0.01"
     assert any(text.startswith("Step 2/6: validation loss=") for text in world.messages(first))
-
-
-def test_the_artifacts_of_the_others_are_removed(build: Build) -> None:
-    world = sweeping(build)
-    sweep = world.tick_to(create(world), JobState.SUCCEEDED)
-
-    def kept() -> list[bool]:
-        return [read_manifest(world.storage, artifact_key(trial.id)) is not None for trial in trials_of(world, sweep)]
-
-    world.tick_until(lambda: kept() == [False, True, False])
 
 
 def test_a_weak_trial_is_stopped_early_and_publishes_nothing(build: Build) -> None:
@@ -326,11 +329,9 @@ def test_trials_work_beside_each_other_as_far_as_they_may(build: Build) -> None:
     world.tick_to(sweep, JobState.SUCCEEDED)
 
 
-@pytest.mark.parametrize("search", [{"search": "grid"}, {"search": "random", "num_trials": 2, "scheduler": "asha"}])
-def test_a_real_sweep_is_won_by_the_lowest_validation_loss(
-    build: Build, tmp_path: Path, search: dict[str, Any]
-) -> None:
+def test_a_real_sweep_is_won_by_the_lowest_validation_loss(build: Build, tmp_path: Path) -> None:
     world = build(make_fit=lambda storage: LoopFit(storage, tmp_path / "scratch"))
+    search = {"search": "random", "num_trials": 2, "scheduler": "asha"}
     job = create(world, parameters={"learning_rate": [1e-7, 0.02], "lora_rank": [4]}, **search)
     sweep = world.tick_to(job, JobState.SUCCEEDED)
     losses = {result_of(trial).parameters["learning_rate"]: result_of(trial) for trial in trials_of(world, sweep)}

@@ -20,9 +20,10 @@ from service.jobs.states import JobState
 from service.jobs.task_runners import InProcessTaskRunner
 from service.serving.fleet import InProcessFleet
 from service.settings import Settings
-from service.store import events, files, instance, jobs, migrate, runs
+from service.store import events, files, instance, jobs, runs
 from service.store.database import Database, new_id
 from service.store.tables import Event, File, Job, Run
+from tests.database import migrated
 from training.spec import BaseRef, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
@@ -102,8 +103,8 @@ class World:
 
     def queue(self, **fields: Any) -> Job:
         """A job whose plan is made, ready to be claimed."""
-        num_workers = fields.pop("num_workers", 1)
-        spec = RESOLVED.model_copy(update={"num_workers": num_workers})
+        workers = {name: fields.pop(name) for name in ("num_workers", "min_workers") if name in fields}
+        spec = RESOLVED.model_copy(update=workers)
         job = self.create(self.upload(GOOD_LINES), spec, **fields)
         plan = {"model_id": new_model_id(job.base_id, "local", None), "capabilities": ["completions"]}
         with self.db.write() as tx:
@@ -159,8 +160,7 @@ class World:
 def make_world(home: Path, make_fit: Callable[[Storage], Fit] = Rehearsal, num_slots: int = 1, **changes: Any) -> World:
     """A platform on an empty home, or on what an earlier one left there."""
     settings = Settings(**({"home": home, "heartbeat_timeout_s": 30.0} | changes))
-    db, storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
-    migrate.upgrade(db)
+    db, storage = migrated(settings.resolved_database_url), Storage(settings.resolved_storage_url)
     with db.write() as tx:
         instance.get_or_create(tx)
     launcher = InProcessLauncher(settings, db, storage, make_fit(storage), num_slots)

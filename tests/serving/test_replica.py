@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -160,9 +158,3 @@ def test_what_travels_survives_pickling(world: World) -> None:
         assert pickle.loads(pickle.dumps(value)) == value
     error = pickle.loads(pickle.dumps(refused)).error
     assert (error.status, error.message, error.retry_after_s) == (429, "full", 2.0)
-
-
-def test_the_module_of_the_replica_imports_no_torch() -> None:
-    modules = "service.serving.replica, service.serving.fleet, service.serving.engines"
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -11,10 +11,11 @@ from typing import Literal
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.settings import Settings
-from service.store import bases, instance, migrate
+from service.store import bases, instance
 from service.store import models as registry
 from service.store.database import Database
 from service.store.instance import DEFAULT_PROJECT
+from tests.database import migrated
 from training.artifact import Fingerprint, Manifest, commit, hash_files
 from training.render import Renderer
 from training.starter.tokenizer import chat_template
@@ -27,8 +28,7 @@ CAPABILITIES = ["chat", "completions"]
 def new_world(home: Path, **settings: object) -> tuple[Settings, Database, Storage, str]:
     """A migrated database and an empty storage; the last item is the instance id."""
     made = Settings(**{"home": home, "engine": "echo", **settings})  # type: ignore[arg-type]
-    db = Database(made.resolved_database_url)
-    migrate.upgrade(db)
+    db = migrated(made.resolved_database_url)
     with db.write() as tx:
         instance_id = instance.get_or_create(tx)
     return made, db, Storage(made.resolved_storage_url), instance_id

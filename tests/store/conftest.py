@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from service.store import instance, migrate
+from service.store import instance
 from service.store.database import Database
+from tests.database import migrated
 
 POSTGRES = os.environ.get("TEST_POSTGRES_URL", "")  # a URL whose user may create databases
 
@@ -38,8 +39,7 @@ def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def db(db_url: str) -> Iterator[Database]:
     """A database with this version's schema, the instance and the default project."""
-    database = Database(db_url)
-    migrate.upgrade(database)
+    database = migrated(db_url)
     with database.write() as tx:
         instance.get_or_create(tx)
     yield database

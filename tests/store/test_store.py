@@ -110,7 +110,7 @@ def test_a_database_of_the_first_schema_with_jobs_and_runs_is_upgraded(db_url: s
         old, new = jobs.by_id(tx, "ftjob-old"), add_job(tx)
         assert (old.sweep, old.trial, old.trial_number) == (None, None, None)
         assert new.seq > old.seq
-        assert runs.get(tx, "run-1").job_id == old.id
+        assert (runs.get(tx, "run-1").job_id, runs.get(tx, "run-1").num_workers) == (old.id, None)
     database.close()
 
 
@@ -295,7 +295,7 @@ def test_the_highest_attempt_of_a_step_wins(db: Database) -> None:
 def test_an_ended_run_can_write_nothing_more(db: Database) -> None:
     with db.write() as tx:
         job = add_job(tx)
-        run = runs.start(tx, job.id, epoch=1)
+        run = runs.start(tx, job.id, epoch=1, num_workers=2)
         runs.hold(tx, run.id, 1)
         with pytest.raises(runs.RunLost):
             runs.hold(tx, run.id, 2)
@@ -303,7 +303,8 @@ def test_an_ended_run_can_write_nothing_more(db: Database) -> None:
         assert not runs.end(tx, run.id, "succeeded")
         with pytest.raises(runs.RunLost):
             runs.hold(tx, run.id, 1)
-        assert runs.start(tx, job.id, epoch=1).attempt == 2
+        assert runs.start(tx, job.id, epoch=1, num_workers=1).attempt == 2
+        assert runs.num_workers(tx, job.id) == {1: 2, 2: 1}
 
 
 def test_an_alias_moves_by_revisions_and_guards_its_target(db: Database) -> None:

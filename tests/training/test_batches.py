@@ -136,6 +136,29 @@ def test_an_epoch_holds_every_example_once_and_epochs_differ() -> None:
     assert batches.indices(2) == epochs[0][4:8], "any step can be asked for again"
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_fewer_workers_than_shares_take_the_same_micro_batches(num_micro_batches: int) -> None:
+    """So that a run with a range of workers needs the same memory, and has the same losses, with any of them."""
+    rows = random_rows([4] * 19)
+
+    def seen(num_workers: int, num_shares: int) -> list[list[tuple[int, ...]]]:
+        choices: dict[str, Any] = {"num_micro_batches": num_micro_batches, "num_workers": num_workers}
+        ranks = [
+            Batches(rows, batch_size=8, n_epochs=1, seed=0, rank=rank, num_shares=num_shares, **choices)
+            for rank in range(num_workers)
+        ]
+        most = max(len(rank.micro_batches(1)) for rank in ranks)
+        assert most == -(-4 * num_micro_batches // num_workers), "they are dealt out evenly"
+        steps = range(1, ranks[0].total_steps + 1)
+        return [
+            sorted(tuple(m.input_ids.tolist()) for rank in ranks for m in rank.micro_batches(step)) for step in steps
+        ]
+
+    of_four = seen(4, num_shares=1)
+    for num_workers in (1, 2, 3):
+        assert seen(num_workers, num_shares=4) == of_four
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
 def test_workers_and_micro_batches_share_a_step_without_loss_or_repetition(

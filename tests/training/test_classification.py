@@ -125,15 +125,25 @@ def plain_losses(spec: TrainSpec, storage: Storage) -> list[float]:
     return losses
 
 
-def test_weights_and_smoothing_are_those_of_torch_over_the_number_of_texts(storage: Storage) -> None:
+@pytest.mark.parametrize(
+    ("class_weights", "weights"),
+    [
+        ("none", [1.0, 1.0, 1.0]),
+        ("sqrt", [10 / ((4**0.5 + 3**0.5 + 3**0.5) * count**0.5) for count in (4, 3, 3)]),
+        ("balanced", [10 / (3 * 4), 10 / (3 * 3), 10 / (3 * 3)]),
+    ],
+)
+def test_weights_and_smoothing_are_those_of_torch_over_the_number_of_texts(
+    storage: Storage, class_weights: str, weights: list[float]
+) -> None:
     rows = write_labelled(storage, "files/ten", labelled_rows(10))
-    settings = {"class_weights": "balanced", "label_smoothing": 0.1, "label_counts": (4, 3, 3)}
+    settings = {"class_weights": class_weights, "label_smoothing": 0.1, "label_counts": (4, 3, 3)}
     spec = make_labelled_spec(storage, make_encoder(storage), settings=settings, training_key=rows)
     examples, _ = load_examples(spec, storage)
     model = build_model(spec, Path(storage.path(BASE_KEY)), None, torch.float32, CPU).eval()
     found = loss_sums(spec, model, collate(examples[list(range(10))]))
     assert found.logits is not None
-    weight = torch.tensor([10 / (3 * 4), 10 / (3 * 3), 10 / (3 * 3)])
+    weight = torch.tensor(weights)
     labels = torch.tensor(list(examples["label"]))
     expected = cross_entropy(found.logits, labels, weight=weight, label_smoothing=0.1, reduction="sum")
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -333,7 +343,9 @@ def test_the_rules_of_auto_for_classifiers() -> None:
     rate = partial(auto.learning_rate, method="classification")
     assert [rate(width, lora=False) for width in (32, 384, 768, 4096)] == [5e-4, 3e-4, 7.5e-5, 1e-5]
     assert rate(384, lora=True) == auto.learning_rate(384, lora=True)
-    assert [auto.n_epochs(count, "classification") for count in (10, 10_003, 1_000_000)] == [10, 5, 3]
+    epochs = partial(auto.n_epochs, method="classification")
+    assert [epochs(count, num_labels=2) for count in (10, 500, 2000, 4137, 1_000_000)] == [10, 10, 6, 3, 3]
+    assert [epochs(count, num_labels=77) for count in (10_003, 1_000_000)] == [5, 3]
     assert [auto.batch_size(count, 1, "classification") for count in (12, 500, 10_003)] == [6, 15, 32]
     assert [auto.precision(count, "classification") for count in (1_000_000, 22_000_000)] == ["fp32", "bf16"]
 

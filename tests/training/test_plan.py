@@ -259,6 +259,20 @@ def test_sharded_weights_take_less_of_each_worker_than_whole_ones(make: Maker) -
     assert (error.code, error.param) == ("invalid_value", "parallel")
 
 
+def test_a_range_of_workers_takes_the_memory_of_the_fewest_and_the_batches_of_the_most(make: Maker) -> None:
+    rows = texts(12)
+    for parallel, like in (("data", 4), ("fsdp", 2)):
+        fields: dict[str, Any] = {"adapter": None, "parallel": parallel}
+        of_range = plan(make.spec(rows, num_workers=4, min_workers=2, **fields), make.storage, on_gpu=True)
+        of_most = plan(make.spec(rows, num_workers=4, **fields), make.storage, on_gpu=True)
+        assert of_range.spec.hyperparameters == of_most.spec.hyperparameters
+        hyper = of_most.spec.hyperparameters.model_dump() | {"gradient_accumulation_steps": 4 // like}
+        same_parts = plan(make.spec(rows, num_workers=like, hyper=hyper, **fields), make.storage, on_gpu=True)
+        assert of_range.peak_memory_bytes == same_parts.peak_memory_bytes
+    error = refused(make, make.spec(rows, num_workers=4, min_workers=1, parallel="fsdp"))
+    assert (error.code, error.param) == ("invalid_value", "parallel")
+
+
 def test_memory_grows_with_the_largest_micro_batch_not_with_the_data(make: Maker) -> None:
     short, long = texts(40), [*texts(39), {"text": "once upon a time " * 60}]
 

@@ -15,7 +15,7 @@ from tests.training.runs import Recorder, make_base, make_spec
 from training.artifact import verify
 from training.loop import run
 from training.progress import ArtifactWritten, ProgressItem, StepMetrics, Wish
-from training.ray_run import fit
+from training.ray_run import NoRoom, fit
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -50,6 +50,7 @@ class Owner:
             storage_url,
             "runs/many",
             ray.get_runtime_context().current_actor,
+            num_workers=spec.num_workers,
             num_cpus_per_worker=1,
             num_gpus_per_worker=0,
             num_threads=1,
@@ -59,9 +60,9 @@ class Owner:
         )
 
 
-def new_owner() -> Any:
+def new_owner(kind: type[Owner] = Owner, **env: str) -> Any:
     options = {"num_cpus": 0, "max_concurrency": 4, "lifetime": "detached", "name": uuid.uuid4().hex}
-    return ray.remote(Owner).options(**options).remote()
+    return ray.remote(kind).options(**options, runtime_env={"env_vars": env}).remote()
 
 
 def await_free(num_cpus: float) -> None:
@@ -92,6 +93,26 @@ def test_two_workers_train_the_same_and_a_killed_owner_takes_its_workers_along(t
 @pytest.mark.usefixtures("cluster")
 def test_two_workers_that_share_all_weights_train_the_same(tmp_path: Path) -> None:
     check_run(tmp_path, num_workers=2, lora=False, parallel="fsdp")
+
+
+class Crowded(Owner):
+    """An owner whose workers find no room."""
+
+    def run(self, spec: TrainSpec, storage_url: str, local_dir: str) -> None:
+        """Return when that is told as such."""
+        with pytest.raises(NoRoom):
+            super().run(spec, storage_url, local_dir)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_of_a_range_that_find_no_room_in_time_give_up_their_place(tmp_path: Path) -> None:
+    """So that fewer may be tried; a fixed number waits."""
+    storage, owner = Storage(str(tmp_path / "storage")), new_owner(Crowded, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3")
+    spec = make_spec(storage, make_base(storage), num_workers=9, min_workers=1)
+    ray.get(owner.run.remote(spec, storage.url, str(tmp_path / "ray")))
+    assert ray.get(owner.said.remote()) == []
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+    ray.kill(owner)
 
 
 def check_run(folder: Path, num_workers: int, lora: bool = True, **spread: Any) -> None:

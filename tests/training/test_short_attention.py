@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from training.attention import packed_attention
-from training.short_attention import MAX_SHORT, View, short_attention
+from training.short_attention import MAX_SHORT, View, _noise, short_attention
 
 LENGTHS = (MAX_SHORT + 30, 70, 64, 64, 64, 33, 5, 5, 5, 5, 5, 5, 5, 5, 5, 1, 17)  # the last one is a row's padding
 HEAD_DIM = 8
@@ -50,7 +50,7 @@ def test_a_packed_row_is_its_sequences_one_by_one(num_kv_heads: int, causal: boo
 def test_gradients_are_those_of_the_dropout_that_was_drawn() -> None:
     lengths = (5, 3, 3)
     torch.manual_seed(0)
-    inputs = tuple(heads(n, lengths, torch.float64)[0].detach().requires_grad_() for n in (4, 2, 2))
+    inputs = tuple(torch.randn(sum(lengths), n, HEAD_DIM, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
@@ -63,7 +63,22 @@ def test_gradients_are_those_of_the_dropout_that_was_drawn() -> None:
 
 def test_dropout_keeps_the_mean() -> None:
     lengths = (64,) * 64
-    q, k = torch.zeros(2, sum(lengths), HEAD_DIM), torch.zeros(2, sum(lengths), HEAD_DIM)
+    q, k = torch.zeros(sum(lengths), 2, HEAD_DIM), torch.zeros(sum(lengths), 2, HEAD_DIM)
     out = short_attention(q, k, torch.ones_like(k), lengths, View(scale=1.0, causal=False, dropout=0.2))
     assert out.std() > 0.01
     assert out.mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 1e-9])
+def test_dropout_drops_its_share_at_random_and_keeps_the_mean(dropout: float) -> None:
+    torch.manual_seed(0)
+    noise = _noise(torch.empty(1001, 999), dropout)
+    dropped = (noise == 0).double()
+    assert dropped.mean().item() == pytest.approx(dropout, abs=0.002)
+    assert noise.mean().item() == pytest.approx(1, abs=0.002)
+    assert len(noise.unique()) <= 2
+    for shift in (1, 2, 3, 4):  # four neighbours come of one draw
+        both = (dropped.flatten()[shift:] * dropped.flatten()[:-shift]).mean().item()
+        assert both == pytest.approx(dropout**2, abs=0.002)
+    torch.manual_seed(0)
+    assert torch.equal(noise, _noise(torch.empty(1001, 999), dropout)), "a resumed run draws the same"

@@ -15,6 +15,7 @@ from tests.training import test_embedding
 from tests.training.labelled import make_encoder, make_labelled_spec
 from tests.training.runs import make_base, make_dpo_spec, make_spec, write_rows
 from tests.training.test_resume import cut_after
+from tests.training.workers import arguments, numbers, train
 from training.artifact import read_manifest
 from training.spec import EarlyStopping, LoraSpec, StartRef, TrainSpec
 from training.storage import Storage
@@ -29,24 +30,15 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path))
 
 
-def command(storage: Storage, spec: TrainSpec, run: str) -> list[str]:
-    file = Path(storage.path(f"{run}.json"))
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(spec.model_dump_json())
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.num_workers}"]
-    module = ["-m", "training", str(file), "--run-dir", storage.path(run), "--storage", storage.url]
-    return [sys.executable, *(launcher if spec.num_workers > 1 else []), *module]
-
-
-def train(storage: Storage, spec: TrainSpec, run: str) -> list[dict[str, Any]]:
-    """Run to the end; the steps of this attempt as reported."""
-    progress = Path(storage.path(run)) / "progress.jsonl"
-    before = len(progress.read_text().splitlines()) if progress.exists() else 0
-    done = subprocess.run(command(storage, spec, run), cwd=ROOT, capture_output=True, text=True, timeout=240)
+def test_torchrun_starts_the_run_that_forked_workers_make(storage: Storage) -> None:
+    """To the bit: what the others of this file find out holds for torchrun."""
+    spec = make_spec(storage, make_base(storage), dropout=0.2, n_epochs=1, num_workers=2)
+    forked = train(storage, spec, "runs/forked")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "training"]
+    command = [*launcher, *arguments(storage, spec, "runs/launched")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    items = [json.loads(line) for line in progress.read_text().splitlines()[before:]]
-    numbers = [{**item, **item["means"]} for item in items if item["kind"] in ("step", "eval")]
-    return [{k: v for k, v in item.items() if k not in ("seq", "at", "tokens_per_s", "means")} for item in numbers]
+    assert numbers(storage, "runs/launched") == forked
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -122,6 +114,9 @@ def test_two_workers_with_pools_of_their_own_resume_to_the_bit(storage: Storage,
         storage.delete(key)
     assert train(storage, spec, "runs/one") == whole[-3:]
     assert storage.read_bytes(f"{last}/optimizer.safetensors") == expected
+    # In an elastic range a worker alone has the pools of two, and BERT's dropout on each, so the same loss.
+    elastic = spec.model_copy(update={"min_workers": 1})
+    agree(train(storage, elastic, "runs/fewer", num_workers=1), whole)
 
 
 def agree(items: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
@@ -132,9 +127,8 @@ def agree(items: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
 
 def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storage) -> None:
     spec = make_spec(storage, make_base(storage), n_epochs=20, batch_size=1, checkpoint_interval=10_000)
-    process = subprocess.Popen(
-        command(storage, spec, "runs/one"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "training", *arguments(storage, spec, "runs/one")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("step 1/240")
     process.send_signal(signal.SIGTERM)
@@ -149,9 +143,9 @@ def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(storage: Storag
 
 def test_a_faulty_spec_is_one_clear_line_and_exit_code_one(storage: Storage) -> None:
     spec = make_spec(storage, make_base(storage))
-    arguments = command(storage, spec, "runs/one")
+    command = [sys.executable, "-m", "training", *arguments(storage, spec, "runs/one")]
     Path(storage.path("runs/one.json")).write_text('{"learning_rate": 1}')
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith("cannot start:")
     assert "Traceback" not in done.stderr

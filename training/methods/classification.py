@@ -1,10 +1,11 @@
 """Classification of texts: cross entropy over the labels, one decision per text.
 
-Each label may weigh as much as any other (`balanced`: a label's texts weigh in inverse proportion to their number, n /
-(number of labels * n of the label), after King and Zeng 2001, "Logistic Regression in Rare Events Data"; over the
-training set the weights' mean is 1), and targets may be smoothed (Szegedy et al. 2016, "Rethinking the Inception
-Architecture for Computer Vision", section 7). The loss is torch's `cross_entropy` with both, but averaged over texts,
-not over weights: so a step's size does not depend on which labels it happens to hold.
+Labels may weigh alike (`balanced`: a label's texts weigh in inverse proportion to their number, after King and Zeng
+2001, "Logistic Regression in Rare Events Data"), or half the way there (`sqrt`: by the square root of that, as Mahajan
+et al. 2018, "Exploring the Limits of Weakly Supervised Pretraining", draw labels): rare labels are found more often, at
+a small price in precision. Over the training set the weights' mean is 1. Targets may be smoothed (Szegedy et al. 2016,
+"Rethinking the Inception Architecture for Computer Vision", section 7). The loss is torch's `cross_entropy` with both,
+but averaged over texts, not over weights: so a step's size does not depend on which labels it happens to hold.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from training.spec import ClassificationSpec, TrainSpec
 
 MEANS: tuple[str, ...] = ()
+_POWERS = {"sqrt": 0.5, "balanced": 1.0}  # of a label's number of texts, which its weight is in inverse proportion to
 prepare = keep_examples
 
 
@@ -47,4 +49,5 @@ def _weights(settings: ClassificationSpec, device: torch.device) -> torch.Tensor
     if settings.class_weights == "none":
         return None
     counts = torch.tensor(cast(tuple[int, ...], settings.label_counts), dtype=torch.float32, device=device)
-    return counts.sum() / (len(counts) * counts.clamp(min=1))
+    weights = counts.clamp(min=1) ** -_POWERS[settings.class_weights]
+    return weights * counts.sum() / (weights * counts).sum()

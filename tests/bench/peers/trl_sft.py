@@ -1,7 +1,8 @@
 """The peer of the training benchmarks: one run of TRL's SFTTrainer, in the environment that `make peers` builds.
 
 `python trl_sft.py SETTINGS`, with SETTINGS a JSON object of the fields of `Settings`; the last line printed is a JSON
-object with the time after each optimizer step and the tokens that each step was trained on: those with a loss, and all.
+object with the loss of each optimizer step, the time after it, and the tokens that it was trained on: those with a
+loss, and all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,21 +30,24 @@ class Settings:
     rows: str  # JSONL of chat rows
     output: str  # folder for the trained model
     best: bool  # packing and bf16; else padded and fp32, TRL's usual start
-    lora_rank: int  # 0 trains all weights
-    lora_alpha: float
     batch_size: int  # rows; packed ones of max_length in mode best
-    accumulation: int  # micro-batches that a batch is made of
-    gradient_checkpointing: bool
     max_length: int
     learning_rate: float
-    max_steps: int  # -1: one epoch
-    use_cpu: bool
-    model_options: dict[str, Any]  # of from_pretrained
+    warmup_ratio: float = 0.05
+    in_order: bool = False  # rows as they stand in the file; else as TRL shuffles them
+    lora_rank: int = 0  # 0 trains all weights
+    lora_alpha: float = 32.0
+    accumulation: int = 1  # micro-batches that a batch is made of
+    gradient_checkpointing: bool = False
+    max_steps: int = -1  # -1: one epoch
+    use_cpu: bool = True
+    model_options: dict[str, Any] = field(default_factory=dict)  # of from_pretrained
 
 
 class CountingTrainer(SFTTrainer):
-    """Counts the labels that the loss is taken over, and all tokens but padding, micro-batch by micro-batch."""
+    """Adds up micro-batches: the loss, the labels that it is taken over, and all tokens but padding."""
 
+    loss: float | torch.Tensor = 0.0
     num_tokens = 0
     num_all_tokens = 0
 
@@ -51,13 +55,16 @@ class CountingTrainer(SFTTrainer):
         self.num_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
         mask = inputs.get("attention_mask")  # rows that are flattened into one have none, and no padding
         self.num_all_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.loss = self.loss + loss  # its share of the step's mean over tokens with a loss
+        return loss
 
 
 class Clock(TrainerCallback):
-    """Time and tokens at the end of each optimizer step."""
+    """Loss, time and tokens at the end of each optimizer step."""
 
     def __init__(self) -> None:
+        self.losses: list[float] = []
         self.at: list[float] = []
         self.num_tokens: list[int] = []
         self.num_all_tokens: list[int] = []
@@ -66,6 +73,8 @@ class Clock(TrainerCallback):
         if not args.use_cpu:
             torch.cuda.synchronize()
         self.at.append(time.time())
+        loss, self.trainer.loss = self.trainer.loss, 0.0
+        self.losses.append(float(loss))
         total, self.trainer.num_tokens = self.trainer.num_tokens, 0
         self.num_tokens.append(total)
         total, self.trainer.num_all_tokens = self.trainer.num_all_tokens, 0
@@ -85,7 +94,8 @@ def config(settings: Settings) -> SFTConfig:
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=0.05,
+        warmup_steps=settings.warmup_ratio,
+        train_sampling_strategy="sequential" if settings.in_order else "random",
         num_train_epochs=1,
         max_steps=settings.max_steps,
         save_strategy="no",
@@ -114,7 +124,8 @@ def main() -> None:
     )
     clock.trainer.train()
     clock.trainer.save_model(settings.output)
-    print(json.dumps({"at": clock.at, "num_tokens": clock.num_tokens, "num_all_tokens": clock.num_all_tokens}))
+    result = {"losses": clock.losses, "at": clock.at}
+    print(json.dumps(result | {"num_tokens": clock.num_tokens, "num_all_tokens": clock.num_all_tokens}))
 
 
 if __name__ == "__main__":
