@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,7 @@ def main() -> None:
     args = parser.parse_args()
     name, only = args.name, args.only
     benchmark = importlib.import_module(f"tests.bench.{name.replace('-', '_')}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers and folders go with a benchmark that is ended
     parts = getattr(benchmark, "PARTS", ())
     if only is not None and only not in parts:
         parser.error(f"{name} has no part {only!r}; its parts: {', '.join(parts) or 'none'}")

@@ -1,6 +1,7 @@
 """Our engine in a process of its own, without HTTP or Ray: `python -m tests.bench.engine_alone SETTINGS`.
 
-SETTINGS is a JSON object of the fields of `Settings`. Prints [seconds from the process's start until ready, tokens/s].
+SETTINGS is a JSON object of the fields of `Settings`. Prints one with `ready_s`, from the process's start until the
+engine was ready, `tokens_per_s` over all prompts from the first to the last, and `decode_tokens_per_s`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import asyncio
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from service.engine.native.engine import NativeEngine
-from service.engine.protocol import GenerateRequest, SamplingParams
+from service.engine.protocol import AdapterRef, GenerateRequest, SamplingParams
 from training.render import Renderer
 
 
@@ -28,6 +29,7 @@ class Settings:
     batch_size: int
     num_tokens: int
     num_threads: int
+    adapters: list[str] = field(default_factory=list)  # folders of those that prompts use in turn
 
 
 async def main(settings: Settings) -> None:
@@ -39,25 +41,42 @@ async def main(settings: Settings) -> None:
         tokenizer=renderer.tokenizer,
         dtype="bf16",
         max_batch_size=settings.batch_size,
+        max_resident_adapters=max(1, len(settings.adapters)),
         num_threads=settings.num_threads,
         stop_token_ids=renderer.stop_token_ids,
     )
     await engine.start()
     ready_s = time.time() - psutil.Process().create_time()
+    adapters = [AdapterRef(path, Path(path)) for path in settings.adapters] or [None]
 
-    async def generate(token_ids: list[int]) -> int:
+    async def generate(i: int) -> list[float]:
+        """When each token of prompt i came."""
         sampling = SamplingParams(settings.num_tokens, temperature=0.0)
-        request = GenerateRequest("-", tuple(token_ids), sampling)
-        return sum([delta.num_tokens async for deltas in engine.generate(request) for delta in deltas])
+        request = GenerateRequest(f"{i}", tuple(prompts[i]), sampling, adapter=adapters[i % len(adapters)])
+        at: list[float] = []
+        async for deltas in engine.generate(request):
+            at += [time.perf_counter()] * sum(delta.num_tokens for delta in deltas)
+        assert len(at) == settings.num_tokens, "an answer ended early"
+        return at
 
-    await asyncio.gather(*map(generate, prompts[: settings.batch_size]))
-    measured = prompts[settings.batch_size :]
+    await asyncio.gather(*map(generate, range(settings.batch_size)))
     started = time.perf_counter()
-    num_tokens = sum(await asyncio.gather(*map(generate, measured)))
+    times = await asyncio.gather(*map(generate, range(settings.batch_size, len(prompts))))
     elapsed = time.perf_counter() - started
     await engine.stop()
-    assert num_tokens == settings.num_tokens * len(measured), "an answer ended early"
-    print(json.dumps([ready_s, num_tokens / elapsed]))
+    speeds = {"tokens_per_s": sum(map(len, times)) / elapsed, "decode_tokens_per_s": decode_tokens_per_s(times)}
+    print(json.dumps({"ready_s": ready_s, **speeds}))
+
+
+def decode_tokens_per_s(times: list[list[float]]) -> float:
+    """Tokens that came while all sequences decoded, over that time; 0 if there was no such time.
+
+    `times`: when each token of each sequence came.
+    """
+    begin, end = max(at[0] for at in times), min(at[-1] for at in times)
+    if end <= begin:
+        return 0.0
+    return sum(begin < moment <= end for at in times for moment in at) / (end - begin)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ tells every user to set.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,9 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
+import psutil
 from openai import OpenAI
 
 from tests.bench.processes import ROOT
@@ -27,6 +29,7 @@ from tests.shared import TUNESMITH
 NUM_THREADS = len(os.sched_getaffinity(0))
 VLLM = ROOT / ".peers/vllm/bin/python"
 VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # the `vllm` command wants metadata that the wheel lacks
+CACHE_GIB = 4  # of keys and values, of each peer; several times what any load here needs
 START_TIMEOUT_S = 600.0  # vLLM compiles for minutes on a busy machine
 WITH_USAGE = {"stream_options": {"include_usage": True}}
 
@@ -104,9 +107,9 @@ def vllm(
 
 
 def vllm_environment() -> dict[str, str]:
-    """One thread a core and 4 GiB for the cache of keys and values, which vLLM asks every user of a CPU to size."""
+    """One thread a core, and the size of the cache of keys and values, which vLLM asks every user of a CPU to set."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "VLLM_NO_USAGE_STATS": "1"}
 
 
 @contextmanager
@@ -115,22 +118,38 @@ def transformers(model: Path, log: Path) -> Iterator[Server]:
     port = free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--continuous-batching"]
     command += ["--dtype", "bfloat16", "--device", "cpu", "--port", str(port), "--log-level", "error"]
+    share = CACHE_GIB * 2**30 / psutil.virtual_memory().available
+    command += ["--cb-max-memory-percent", f"{min(0.6, share):.3f}"]  # 0.6 is its own default on a CPU
     with _process(command, f"http://localhost:{port}/health", log, {}) as (pid, ready_s):
         yield Server(f"http://localhost:{port}/v1", "-", ready_s, pid, body={})
 
 
 @contextmanager
 def _process(command: list[str], health: str, log: Path, environment: dict[str, str]) -> Iterator[tuple[int, float]]:
-    """A peer's process and its children, until the end of the block; its id, and the seconds until it was healthy."""
-    common = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(NUM_THREADS)}
+    """A peer's server until the end of the block; its process id, and the seconds until it was healthy."""
     started = time.perf_counter()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=os.environ | common | environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
+    with log.open("w") as output, own_group(command, environment, output, output) as process:
         _await_answer(health, process, log)
         yield process.pid, time.perf_counter() - started
+
+
+@contextmanager
+def own_group(
+    command: list[str], environment: dict[str, str], output: int | IO[str], errors: int | IO[str]
+) -> Iterator[subprocess.Popen[str]]:
+    """A process with a thread per core and its children, all of which end with the block."""
+    common = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(NUM_THREADS)}
+    process = subprocess.Popen(
+        command,
+        env=os.environ | common | environment,
+        cwd=ROOT,
+        stdout=output,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -141,7 +160,18 @@ def _process(command: list[str], health: str, log: Path, environment: dict[str, 
         process.wait()
 
 
-def _await_answer(url: str, process: subprocess.Popen[bytes], log: Path | None = None) -> None:
+def last_figures(command: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
+    """Run a script that prints its figures as a JSON object; RuntimeError with the end of what it said if it fails."""
+    with own_group(command, environment or {}, subprocess.PIPE, subprocess.PIPE) as process:
+        output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{command[:3]} failed:\n{output[-1000:]}\n{errors[-3000:]}")
+    lines = [line for line in output.splitlines() if line.startswith("{")]  # vLLM goes on talking while it ends
+    figures: dict[str, float] = json.loads(lines[-1])
+    return figures
+
+
+def _await_answer(url: str, process: subprocess.Popen[Any], log: Path | None = None) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:

@@ -9,20 +9,17 @@ A ratio of speeds is ours over theirs; so is one of times to first text (`ttft`)
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tests.bench import serving_adapters, streams
 from tests.bench.engine_alone import Settings
 from tests.bench.processes import ROOT
-from tests.bench.servers import NUM_THREADS, VLLM, Server, transformers, vllm, vllm_environment
+from tests.bench.servers import NUM_THREADS, VLLM, Server, last_figures, transformers, vllm, vllm_environment
 from tests.bench.serving_setup import MAX_CONTEXT, NUM_PROMPT_TOKENS, NUM_TOKENS, Setup, figures_of, ttft_ratios
 
 NUM_STREAMS = (1, 8, 32, 64)
@@ -96,35 +93,19 @@ def _engine(setup: Setup) -> dict[str, float]:
         prompts = setup.folder / f"prompts-{batch_size}.json"
         token_ids = setup.prompts.token_ids(batch_size + NUM_ENGINE_PROMPTS, NUM_PROMPT_TOKENS)
         prompts.write_text(json.dumps(token_ids))
-        settings = asdict(Settings(str(setup.model), str(prompts), batch_size, NUM_TOKENS, NUM_THREADS))
-        ready_s, ours = _engine_alone([sys.executable, "-m", "tests.bench.engine_alone"], settings, {})
-        vllm_ready_s, theirs = _engine_alone([str(VLLM), str(VLLM_GENERATE)], settings, vllm_environment())
-        print(f"engine alone, {batch_size} sequences: {ours:.0f} tokens/s, vLLM {theirs:.0f}", flush=True)
+        settings = json.dumps(asdict(Settings(str(setup.model), str(prompts), batch_size, NUM_TOKENS, NUM_THREADS)))
+        ours = last_figures([sys.executable, "-m", "tests.bench.engine_alone", settings])
+        theirs = last_figures([str(VLLM), str(VLLM_GENERATE), settings], vllm_environment())
+        speed, their_speed = ours["tokens_per_s"], theirs["tokens_per_s"]
+        print(f"engine alone, {batch_size} sequences: {speed:.0f} tokens/s, vLLM {their_speed:.0f}", flush=True)
         figures |= {
-            "engine_ready_s": ready_s,
-            "vllm_engine_ready_s": vllm_ready_s,
-            f"engine_tokens_per_s_b{batch_size}": ours,
-            f"vllm_engine_tokens_per_s_b{batch_size}": theirs,
-            f"engine_vs_vllm_b{batch_size}": ours / theirs,
+            "engine_ready_s": ours["ready_s"],
+            "vllm_engine_ready_s": theirs["ready_s"],
+            f"engine_tokens_per_s_b{batch_size}": speed,
+            f"vllm_engine_tokens_per_s_b{batch_size}": their_speed,
+            f"engine_vs_vllm_b{batch_size}": speed / their_speed,
         }
     return figures
-
-
-def _engine_alone(command: list[str], settings: dict[str, Any], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds until ready, and tokens/s; RuntimeError with the end of what it said if it fails."""
-    common = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(NUM_THREADS)}
-    done = subprocess.run(
-        [*command, json.dumps(settings)],
-        env=os.environ | common | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{command} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    ready_s, tokens_per_s = json.loads(done.stdout.splitlines()[-1])
-    return ready_s, tokens_per_s
 
 
 def _long(setup: Setup) -> dict[str, float]:

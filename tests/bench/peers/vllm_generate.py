@@ -1,6 +1,7 @@
 """vLLM without HTTP, for `tests.bench serving`: as our own engine is measured in `tests.bench.engine_alone`.
 
-`python vllm_generate.py SETTINGS`, with the same JSON object; prints [seconds until ready, tokens/s] last.
+`python vllm_generate.py SETTINGS`, with the same JSON object; prints one with `ready_s` and `tokens_per_s`, and vLLM
+prints lines of its own around it.
 """
 
 import json
@@ -26,7 +27,7 @@ def main(settings: dict) -> None:
     elapsed = time.perf_counter() - started
     num_generated = sum(len(answer.outputs[0].token_ids) for answer in answers)
     assert num_generated == num_tokens * len(measured), "an answer ended early"
-    print(json.dumps([ready_s, num_generated / elapsed]))
+    print(json.dumps({"ready_s": ready_s, "tokens_per_s": num_generated / elapsed}), flush=True)
 
 
 if __name__ == "__main__":
