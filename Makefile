@@ -35,11 +35,14 @@ test-long: setup
 	$(BIN)/pytest -m long --timeout 1200
 
 # What benchmarks measure against, each in an environment of its own.
-peers: $(PEERS)/trl/.installed
+peers: $(PEERS)/trl/.installed $(PEERS)/vllm/.installed
+
+UNWANTED_vllm := torchvision torchaudio torchcodec # CUDA builds, which break the import of a CPU's vLLM
 
 $(PEERS)/%/.installed: tests/bench/peers/requirements-%.txt
 	$(PYTHON) -m venv $(PEERS)/$*
 	$(PEERS)/$*/bin/pip install --quiet --requirement $<
+	$(if $(UNWANTED_$*),$(PEERS)/$*/bin/pip uninstall --quiet --yes $(UNWANTED_$*))
 	touch $@
 
 lock: setup

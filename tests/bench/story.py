@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -14,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from openai import OpenAI
@@ -22,7 +20,7 @@ from service.settings import Settings
 from service.store import metrics
 from service.store.database import Database
 from tests.bench import streams
-from tests.shared import TUNESMITH
+from tests.bench.servers import WITH_USAGE, add_base, free_port, tunesmith
 
 GOALS = {
     "import_app_s": "without torch",
@@ -40,7 +38,7 @@ def run() -> dict[str, float]:
     """All figures of the story."""
     figures = {"import_app_s": _import_app()}
     with tempfile.TemporaryDirectory() as home, _up(Path(home), figures) as client:
-        _add_starter(client)
+        add_base(client, "starter", "starter")
         figures["create_job_p50_ms"] = _create_job_p50_ms(client)
         figures |= _train_and_chat(client, Path(home))
     figures |= _echo_vs_bare()
@@ -54,48 +52,12 @@ def _import_app() -> float:
     return time.perf_counter() - started
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 @contextmanager
 def _up(home: Path, figures: dict[str, float]) -> Iterator[OpenAI]:
-    """`tunesmith up` as a user starts it, timed until the gateway is ready."""
-    port = free_port()
-    environment = os.environ | {"TUNESMITH_HOME": str(home), "TUNESMITH_PORT": str(port)}
-    started = time.perf_counter()
-    process = subprocess.Popen([TUNESMITH, "up"], env=environment)
-    try:
-        _await_ready(f"http://127.0.0.1:{port}", process)
-        figures["gateway_ready_s"] = time.perf_counter() - started
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=(home / "admin.key").read_text().strip())
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
-
-
-def _await_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        try:
-            if httpx2.get(url + "/readyz", timeout=2).status_code == 200:
-                return
-        except httpx2.HTTPError:
-            pass
-        time.sleep(0.05)
-    raise RuntimeError(f"`tunesmith up` ended with {process.returncode}")
-
-
-def _add_starter(client: OpenAI) -> None:
-    client.post("/bases", body={"id": "starter", "source": "starter"}, cast_to=object)
-    while True:
-        base = client.get("/bases/starter", cast_to=dict)  # type: ignore[type-var]
-        if base["status"] != "preparing":
-            assert base["status"] == "ready", base
-            return
-        time.sleep(0.5)
+    """`tunesmith up`, timed until the gateway is ready."""
+    with tunesmith(home) as server:
+        figures["gateway_ready_s"] = server.ready_s
+        yield server.client()
 
 
 def _upload(client: OpenAI) -> str:
@@ -195,11 +157,11 @@ def _echo_vs_bare() -> dict[str, float]:
         "echo_vs_bare": plain["echo"].tokens_per_s / plain["bare"].tokens_per_s,
         "echo_tokens_per_s": plain["echo"].tokens_per_s,
         "bare_tokens_per_s": plain["bare"].tokens_per_s,
-        "echo_ttft_p50_s": plain["echo"].ttft_p50_s,
-        "bare_ttft_p50_s": plain["bare"].ttft_p50_s,
+        "echo_ttft_p50_s": plain["echo"].ttft_s(50),
+        "bare_ttft_p50_s": plain["bare"].ttft_s(50),
         "haproxy_echo_vs_bare": behind_haproxy["echo"].tokens_per_s / behind_haproxy["bare"].tokens_per_s,
         "haproxy_vs_proxy": behind_haproxy["echo"].tokens_per_s / plain["echo"].tokens_per_s,
-        "haproxy_echo_ttft_p50_s": behind_haproxy["echo"].ttft_p50_s,
+        "haproxy_echo_ttft_p50_s": behind_haproxy["echo"].ttft_s(50),
     }
 
 
@@ -218,11 +180,11 @@ def _gateways(*, use_haproxy: bool, num_rounds: int = 3) -> dict[str, streams.Re
             use_haproxy=use_haproxy,
         )
         with running_service(settings) as service:
-            _add_starter(OpenAI(base_url=service.url, api_key=service.admin_key))
+            add_base(OpenAI(base_url=service.url, api_key=service.admin_key), "starter", "starter")
             route = bare.deploy(TOKEN_INTERVAL_MS / 1000)
             loads = {
-                "bare": streams.Load(service.url.removesuffix("/v1") + route, "", "bare", 32, 200),
-                "echo": streams.Load(service.url + "/chat/completions", service.admin_key, "starter", 32, 200),
+                "bare": streams.Load(service.url.removesuffix("/v1") + route, "", 32, _chats("bare")),
+                "echo": streams.Load(service.url + "/chat/completions", service.admin_key, 32, _chats("starter")),
             }
             results: dict[str, list[streams.Result]] = {name: [] for name in loads}
             for load in loads.values():
@@ -231,3 +193,9 @@ def _gateways(*, use_haproxy: bool, num_rounds: int = 3) -> dict[str, streams.Re
                 for name, load in loads.items():
                     results[name].append(streams.measure(load))
     return {name: sorted(found, key=lambda r: r.tokens_per_s)[num_rounds // 2] for name, found in results.items()}
+
+
+def _chats(model: str, num: int = 32, num_tokens: int = 200) -> list[dict[str, Any]]:
+    """Requests whose prompts have one token a word, so that they fit a small context."""
+    messages = [{"role": "user", "content": " ".join(["a"] * num_tokens)}]
+    return [{"model": model, "messages": messages, "max_tokens": num_tokens, "stream": True, **WITH_USAGE}] * num
