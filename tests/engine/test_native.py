@@ -125,7 +125,7 @@ def test_draws_depend_on_seed_and_index_only() -> None:
 def test_samples_follow_the_distribution(top_p: float) -> None:
     weights = torch.tensor([0.1, 0.5, 0.0, 0.15, 0.25])
     states = [SamplerState(SamplingParams(1, temperature=1.0, top_p=top_p, seed=i), 0) for i in range(4000)]
-    tokens = BatchSampler(states, torch.device("cpu"))(weights.log().repeat(4000, 1))
+    tokens = BatchSampler(states, torch.device("cpu"))(weights.log().repeat(4000, 1)).token_ids
     kept = weights if top_p == 1 else torch.tensor([0.0, 0.5, 0.0, 0.0, 0.25])
     torch.testing.assert_close(tokens.bincount(minlength=5) / 4000, kept / kept.sum(), atol=0.03, rtol=0)
 
@@ -135,7 +135,7 @@ def test_penalties_follow_the_formula_over_generated_tokens() -> None:
     sampler = BatchSampler([state], torch.device("cpu"))
     logits = torch.tensor([[5.0, 3.4, 3.0]])
     # 5 -> 3.5 -> 3.0 for token 0; token 1 (3.4) wins next and falls to 1.9; then 0 and 2 tie at 3.0, the first wins
-    assert [int(sampler(logits.clone())[0]) for _ in range(4)] == [0, 0, 1, 0]
+    assert [int(sampler(logits.clone()).token_ids[0]) for _ in range(4)] == [0, 0, 1, 0]
 
 
 async def test_a_crash_reaches_every_stream_and_is_seen_as_unhealthy(model_folders: dict[str, Path]) -> None:

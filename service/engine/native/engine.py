@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from service.engine.admission import EngineFailed, Places, check_request
-from service.engine.detokenizer import TokenDecoder
 from service.engine.protocol import AdapterRef, Delta, EngineStats, GenerateRequest
+from service.engine.token_text import TokenDecoder
 
 if TYPE_CHECKING:
     from service.engine.native.adapters import LoadedAdapter

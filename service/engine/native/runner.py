@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from service.engine.native import attention
 from service.engine.native.adapters import ActiveAdapters, LoadedAdapter, LoraLinear, attach
 from service.engine.native.kv_cache import RowCache
+from service.engine.native.logprobs import PromptScores
 
 _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
 _DEFAULT_CONTEXT = 2048  # for configs that state none
@@ -31,6 +32,7 @@ class Prompt:
     adapter: LoadedAdapter | None
     cache: DynamicCache = field(default_factory=DynamicCache)
     num_read: int = 0
+    scores: PromptScores | None = None  # takes the logits of all its positions, where its tokens are to be scored
 
     @property
     def num_left(self) -> int:
@@ -82,7 +84,13 @@ class Runner:
         self.active.groups = [(slice(0, 1), prompt.adapter)] if prompt.adapter else []
         positions = torch.arange(prompt.num_read, stop, device=self.device).unsqueeze(0)
         mask = torch.ones(1, stop, dtype=torch.bool, device=self.device)
-        logits = self._forward(torch.tensor([chunk], device=self.device), positions, mask, prompt.cache)
+        token_ids = torch.tensor([chunk], device=self.device)
+        if prompt.scores is None:
+            logits = self._forward(token_ids, positions, mask, prompt.cache)
+        else:
+            of_all = self._all_logits(token_ids, positions, mask, prompt.cache, {})
+            prompt.scores.add(of_all[0])
+            logits = of_all[:, -1].float()
         prompt.num_read = stop
         return None if prompt.num_left else logits
 
@@ -119,6 +127,19 @@ class Runner:
     def _forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | RowCache
     ) -> torch.Tensor:
+        """The logits [rows, vocabulary] of each row's last position."""
+        logits = self._all_logits(token_ids, positions, mask, cache, self._last_logits)
+        return logits[:, -1].float()
+
+    def _all_logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache | RowCache,
+        which: dict[str, int],
+    ) -> torch.Tensor:
+        """Logits [rows, positions, vocabulary]; `which` may name fewer positions to models that can be told."""
         where = {"position_ids": positions} if self._has_positions else {}
         output = self._model(
             input_ids=token_ids,
@@ -126,7 +147,7 @@ class Runner:
             past_key_values=cache,
             use_cache=True,
             **where,
-            **self._last_logits,
+            **which,
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits
         return logits

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from service.engine.detokenizer import ChoiceText, TokenDecoder
+from service.engine.detokenizer import ChoiceText, echo_of
+from service.engine.native.logprobs import PromptScores
 from service.engine.native.runner import Prompt, Runner
 from service.engine.native.sampler import BatchSampler, SamplerState
 from service.engine.native.scheduler import Scheduler
-from service.engine.protocol import Delta
+from service.engine.protocol import Delta, GenerateRequest
+from service.engine.token_text import Score, TokenDecoder, TokenPieces
 
 if TYPE_CHECKING:
     from service.engine.native.engine import Stream
@@ -52,7 +54,7 @@ class Stepper:
         self.runner = runner
         self.max_context = min(runner.max_context, max_context or runner.max_context)
         self.num_generated_tokens = 0
-        self._decoder = decoder
+        self._pieces = TokenPieces(decoder)
         self._stop_token_ids = stop_token_ids
         self._prefill_tokens_per_step = prefill_tokens_per_step
         self._scheduler: Scheduler[Sequence] = Scheduler(max_batch_size)
@@ -78,7 +80,7 @@ class Stepper:
                     stream,
                     index,
                     ChoiceText(
-                        self._decoder,
+                        self._pieces,
                         stream.request,
                         index,
                         stop_token_ids=self._stop_token_ids,
@@ -100,9 +102,10 @@ class Stepper:
         if self._scheduler.has_changed:
             self._rearrange()
         if running := self._scheduler.running:
-            tokens = self.runner.extend(self._sampler(self.runner.decode()))
-            for sequence, token in zip(running, tokens, strict=True):
-                self._take(sequence, token)
+            chosen = self._sampler(self.runner.decode())
+            tokens = self.runner.extend(chosen.token_ids)
+            for sequence, token, score in zip(running, tokens, chosen.scores(), strict=True):
+                self._take(sequence, token, score)
         step, self._deltas = list(self._deltas.items()), defaultdict(list)
         return step
 
@@ -115,7 +118,9 @@ class Stepper:
                 if not joining:
                     self._prompt = None
                     return
-                self._prompt = Prompt(joining[0].owner.request.prompt_token_ids, joining[0].owner.adapter)
+                owner = joining[0].owner
+                ids = owner.request.prompt_token_ids
+                self._prompt = Prompt(ids, owner.adapter, scores=_prompt_scores(owner.request))
             assert self._prompt is not None
             num_left = self._prompt.num_left
             logits = self.runner.read(self._prompt, budget)
@@ -124,14 +129,21 @@ class Stepper:
                 self._join(logits, self._prompt)
 
     def _join(self, logits: torch.Tensor, prompt: Prompt) -> None:
-        """First tokens of the sequences whose prompt has been read."""
+        """The prompt as output where asked for, and the first tokens of the sequences whose prompt has been read."""
         joining = list(self._scheduler.joining)
         self._scheduler.join()
+        scores = prompt.scores.to_list() if prompt.scores is not None else None
+        echo = echo_of(self._pieces, joining[0].owner.request, scores)
+        for sequence in joining:
+            self._send(sequence, sequence.text.begin(echo))
+        if joining[0].text.finish_reason is not None:  # no token was asked for, of all alike
+            return
         sampler = BatchSampler([sequence.sampler for sequence in joining], self.runner.device)
-        tokens: list[int] = sampler(logits.repeat(len(joining), 1)).tolist()
-        for sequence, token in zip(joining, tokens, strict=True):
+        chosen = sampler(logits.repeat(len(joining), 1))
+        tokens: list[int] = chosen.token_ids.tolist()
+        for sequence, token, score in zip(joining, tokens, chosen.scores(), strict=True):
             sequence.prompt, sequence.first_token = prompt, token
-            self._take(sequence, token)
+            self._take(sequence, token, score)
 
     def _rearrange(self) -> None:
         """Bring the runner's rows into the scheduler's new order."""
@@ -147,12 +159,22 @@ class Stepper:
         self.runner.rearrange(layout.moves, seats, groups, len(running))
         self._sampler = BatchSampler([sequence.sampler for sequence in running], self.runner.device)
 
-    def _take(self, sequence: Sequence, token: int) -> None:
+    def _take(self, sequence: Sequence, token: int, score: Score | None) -> None:
         """A chosen token becomes text, and perhaps the sequence's end."""
         self.num_generated_tokens += 1
-        delta = sequence.text.push(token)
+        self._send(sequence, sequence.text.push(token, score))
+
+    def _send(self, sequence: Sequence, delta: Delta | None) -> None:
+        """Output on its way, and the sequence's place free if it was the last."""
         if delta is None:
             return
         self._deltas[sequence.owner].append(delta)
         if delta.finish_reason is not None:
             self._scheduler.finish(sequence)
+
+
+def _prompt_scores(request: GenerateRequest) -> PromptScores | None:
+    """Where a prompt's own log-probabilities are asked for, what gathers them."""
+    if not request.echo or request.sampling.logprobs is None:
+        return None
+    return PromptScores(request.prompt_token_ids, request.sampling.logprobs)
