@@ -115,8 +115,10 @@ class ScoredText:
         fresh = prefix + self._decoder.push(token_id)
         self.num_chars += len(fresh)
         if self._is_scored:
-            text = fresh if was_whole and self._decoder.is_whole else None
-            self._entries.append(self._pieces.entry(token_id, score, offset, text=text))
+            is_whole = was_whole and self._decoder.is_whole
+            if not was_whole and REPLACEMENT not in (own := self._pieces[token_id].token) and fresh.endswith(own):
+                offset = self.num_chars - len(own)  # behind the replacement of a character that it did not complete
+            self._entries.append(self._pieces.entry(token_id, score, offset, text=fresh if is_whole else None))
         return fresh
 
     def push_end(self, token_id: int, score: Score | None) -> None:

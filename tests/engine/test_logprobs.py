@@ -149,6 +149,12 @@ def test_parts_of_a_character_are_entries_with_their_own_bytes() -> None:
     assert all(entry.top[0][:2] == (entry.token, entry.raw) for entry in answer.logprobs)
 
 
+def test_a_token_behind_a_character_that_never_came_whole_has_its_own_offset() -> None:
+    answer = choice(BYTES, [*BYTES.encode("a🙂").ids[:2], *BYTES.encode("|b").ids])
+    assert answer.text == joined(answer) == "a\ufffd|b"
+    assert [entry.offset for entry in answer.logprobs] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(("stop", "text"), [("def", "abc"), ("a", ""), ("zz", "abcdefgh"), ("gh", "abcdef")])
 def test_entries_after_the_cut_of_a_stop_string_are_dropped(stop: str, text: str) -> None:
     answer = choice(BYTES, BYTES.encode("abcdefgh").ids, stop=(stop,))
