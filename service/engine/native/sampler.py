@@ -147,7 +147,8 @@ class _RandomRows:
         self._top_p = torch.tensor([[s.top_p] for s in self.states], device=device)
         self._min_p = torch.tensor([[s.min_p] for s in self.states], device=device)
         self._top_k = torch.tensor([[s.top_k] for s in self.states], device=device)
-        self._width = max((s.top_k for s in self.states), default=0) if all(s.top_k for s in self.states) else 0
+        top_ks = [s.top_k for s in self.states]
+        self._width = max(top_ks) if top_ks and all(top_ks) else 0  # tokens that any row keeps at most; 0: all
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Of these rows, [rows, vocabulary]."""
@@ -155,7 +156,7 @@ class _RandomRows:
 
     def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the filters leave: weights, 0 for what they drop, and token ids, both [rows, width], likeliest first."""
-        weights, ids = self.probabilities(logits), None
+        weights = self.probabilities(logits)
         if 0 < self._width < weights.shape[-1]:  # every row keeps a few only: no need to sort them all
             weights, ids = weights.topk(self._width, dim=-1)
         else:
