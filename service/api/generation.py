@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -22,7 +22,7 @@ from starlette.responses import Response
 from service.api.inference_schemas import Sampling
 from service.api.sse import DONE, ClientGone, Connection, Disconnected, EventStream, error_frame
 from service.auth import Caller
-from service.engine.protocol import Delta
+from service.engine.protocol import Delta, TokenLogprob
 from service.errors import InvalidRequest, NotFound, ServiceError
 from service.platform import Platform
 from service.serving.engines import Output
@@ -41,6 +41,7 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts', those that were not read anew
 
     def to_json(self) -> dict[str, Any]:
         """OpenAI's usage object."""
@@ -48,7 +49,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
                 "reasoning_tokens": 0,
                 "audio_tokens": 0,
@@ -56,6 +57,21 @@ class Usage:
                 "rejected_prediction_tokens": 0,
             },
         }
+
+
+@dataclass
+class Choice:
+    """One choice in one piece."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        """The next part of it."""
+        self.text += delta.text
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.logprobs += delta.logprobs
 
 
 class Answer(Protocol):
@@ -73,7 +89,7 @@ class Answer(Protocol):
         """The last frame before the end, where the request asks for it."""
         ...
 
-    def whole(self, texts: list[str], reasons: list[str], used: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[Choice], used: Usage) -> dict[str, Any]:
         """The answer in one piece."""
         ...
 
@@ -118,6 +134,7 @@ class Generation:
         deltas = output
         if isinstance(output, Accepted):
             self.used.prompt_tokens += output.num_prompt_tokens
+            self.used.cached_tokens += output.num_cached_tokens
             deltas = output.deltas
         assert isinstance(deltas, list)
         self.used.completion_tokens += sum(delta.num_tokens for delta in deltas)
@@ -187,7 +204,7 @@ def require(target: Target, capability: str, endpoint: str) -> None:
 
 
 def serve_requests(
-    request_id: str, target: Target, prompts: list[Prompt], body: Sampling, **limits: Any
+    request_id: str, target: Target, prompts: list[Prompt], body: Sampling, **options: Any
 ) -> list[ServeRequest]:
     """One engine request per prompt, with OpenAI's defaults."""
     return [
@@ -202,7 +219,10 @@ def serve_requests(
             stop=tuple(body.stop or ()),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
-            **limits,
+            logit_bias=tuple((body.logit_bias or {}).items()),
+            top_k=max(0, body.top_k or 0),
+            min_p=body.min_p or 0.0,
+            **options,
         )
         for number, prompt in enumerate(prompts)
     ]
@@ -233,14 +253,12 @@ async def _first(outputs: AsyncGenerator[list[Delta], None]) -> list[Delta]:
 
 
 async def _whole(generation: Generation, outputs: AsyncGenerator[list[Delta], None], answer: Answer) -> dict[str, Any]:
-    texts = [""] * generation.num_choices
-    reasons = [""] * generation.num_choices
+    choices = [Choice() for _ in range(generation.num_choices)]
     async for deltas in outputs:
         for delta in deltas:
-            texts[delta.index] += delta.text
-            reasons[delta.index] = delta.finish_reason or reasons[delta.index]
-    assert all(reasons), "the engine ended without finishing every choice"
-    return answer.whole(texts, reasons, generation.used)
+            choices[delta.index].add(delta)
+    assert all(choice.finish_reason for choice in choices), "the engine ended without finishing every choice"
+    return answer.whole(choices, generation.used)
 
 
 async def _frames(

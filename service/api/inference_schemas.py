@@ -20,6 +20,9 @@ from training.records import ToolCall as RecordedToolCall
 
 MAX_CHOICES: Final = 128
 MAX_PROMPTS: Final = 128
+MAX_BIASED_TOKENS: Final = 300
+MAX_TOP_LOGPROBS: Final = 20
+MAX_COMPLETION_LOGPROBS: Final = 5
 DEFAULT_COMPLETION_TOKENS: Final = 16  # OpenAI's default for the legacy endpoint
 
 # Field -> values that ask for nothing; null always does.
@@ -28,8 +31,6 @@ CHAT_NEUTRAL: Final[Neutral] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
@@ -43,14 +44,10 @@ CHAT_NEUTRAL: Final[Neutral] = {
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 COMPLETION_NEUTRAL: Final[Neutral] = {
-    "echo": (False,),
-    "logit_bias": ({},),
-    "logprobs": (),
     "suffix": ("",),
 }
 
@@ -104,8 +101,25 @@ Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4),
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
+def _token_id_keys(value: Any) -> Any:
+    """JSON's keys are strings; those of a bias are token ids."""
+    if not isinstance(value, dict):
+        return value
+    if wrong := next((key for key in value if not (key.isascii() and key.isdigit())), None):
+        raise ValueError(f"its keys must be token ids, but one is '{wrong[:40]}'")
+    return {int(key): bias for key, bias in value.items()}
+
+
+LogitBias = Annotated[
+    dict[Annotated[int, Field(lt=2**31)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASED_TOKENS),
+    BeforeValidator(_token_id_keys),
+]
+
+
 class Sampling(Wire):
-    """What both endpoints share. `user`, `safety_identifier` and `prompt_cache_key` never change an answer."""
+    """What both endpoints share. `user`, `safety_identifier` and `prompt_cache_key` never change an answer; `top_k` and
+    `min_p` are not OpenAI's, and mean what they mean in vLLM (-1 and 0 leave them out)."""
 
     model: ObjectId
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -115,6 +129,9 @@ class Sampling(Wire):
     stop: Stop | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -225,6 +242,20 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
+            raise InvalidRequest(message, param="top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None without log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
@@ -241,8 +272,17 @@ class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
     prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    echo: bool | None = None
     best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _nothing_needs_echo(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            message = "Invalid value for 'max_tokens': 0 is only allowed with 'echo', or nothing would be answered."
+            raise InvalidRequest(message, param="max_tokens")
+        return self
 
     @model_validator(mode="after")
     def _few_prompts(self) -> CompletionRequest:

@@ -15,17 +15,19 @@ class EngineFailed(RuntimeError):
 
 def check_request(request: GenerateRequest, *, max_context: int, vocab_size: int | None) -> None:
     """UnfitRequest when this engine cannot answer the request; one bad request must not reach a batch."""
-    prompt = request.prompt_token_ids
+    prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise UnfitRequest("the prompt has no tokens")
-    if len(prompt) >= max_context:
+    if len(prompt) + min(1, sampling.max_tokens) > max_context:
         raise UnfitRequest(f"the prompt has {len(prompt)} tokens; this model's context is {max_context}")
     if vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise UnfitRequest(f"the prompt has a token id outside the vocabulary of {vocab_size}")
     if request.n < 1:
         raise UnfitRequest("n must be at least 1")
-    if request.sampling.max_tokens < 1:
-        raise UnfitRequest("max_tokens must be at least 1")
+    if sampling.max_tokens < (0 if request.echo else 1):
+        raise UnfitRequest("max_tokens must be at least 1, or 0 with echo")
+    if vocab_size is not None and not all(0 <= token_id < vocab_size for token_id, _ in sampling.logit_bias):
+        raise UnfitRequest(f"logit_bias has a token id outside the vocabulary of {vocab_size}")
 
 
 class Places:

@@ -5,23 +5,16 @@ Owns everything between a chosen token id and a `Delta`; both engines use it. Kn
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
-from service.engine.protocol import Delta, FinishReason, GenerateRequest
+from service.engine.protocol import Delta, FinishReason, GenerateRequest, TokenLogprob
+from service.engine.token_text import REPLACEMENT, Score, TokenDecoder, TokenPieces
 
-_REPLACEMENT = "\ufffd"
 _MAX_INCOMPLETE = 3  # an unfinished UTF-8 character is at most 3 bytes; some decoders show one replacement per byte
 _MAX_WINDOW = 32  # tokens decoded again per step while only broken bytes arrive; beyond it they are given up as text
 _NUM_CONTEXT = 6  # prompt tokens decoded in front of the first new one, so that its leading space is right
-
-
-class TokenDecoder(Protocol):
-    """The part of `tokenizers.Tokenizer` that is needed here."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some tokens."""
-        ...
 
 
 class IncrementalDecoder:
@@ -32,12 +25,14 @@ class IncrementalDecoder:
         self._ids = list(prompt_ids[-_NUM_CONTEXT:])
         self._num_context = len(self._ids)  # ids[:num_context] is already text, decoded again only for its spaces
         self._num_sent = 0  # characters sent of the tokens behind the context
+        self.is_whole = True  # whether the tokens so far end with a whole character
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
         self._ids.append(token_id)
         text = self._pending()
-        num_broken = len(text) - len(text.rstrip(_REPLACEMENT))
+        num_broken = len(text) - len(text.rstrip(REPLACEMENT))
+        self.is_whole = num_broken == 0
         if num_broken == 0:
             fresh = text[self._num_sent :]
             # An empty window (special tokens only) keeps its context: decoders strip the space of a first word.
@@ -104,12 +99,70 @@ class StopMatcher:
         return 0
 
 
+class ScoredText:
+    """Incremental text that, where log-probabilities are asked for, also makes an entry of each token."""
+
+    def __init__(self, pieces: TokenPieces, prompt_ids: Sequence[int], *, is_scored: bool) -> None:
+        self.num_chars = 0  # that became certain so far, wherever the text begins
+        self._pieces = pieces
+        self._decoder = IncrementalDecoder(pieces.decoder, prompt_ids)
+        self._is_scored = is_scored
+        self._entries: deque[TokenLogprob] = deque()
+
+    def push(self, token_id: int, score: Score | None, prefix: str = "") -> str:
+        """Text that became certain with this token, `prefix` in front; the token's entry waits for `release`."""
+        was_whole, offset = self._decoder.is_whole, self.num_chars
+        fresh = prefix + self._decoder.push(token_id)
+        self.num_chars += len(fresh)
+        if self._is_scored:
+            is_whole = was_whole and self._decoder.is_whole
+            if not was_whole and REPLACEMENT not in (own := self._pieces[token_id].token) and fresh.endswith(own):
+                offset = self.num_chars - len(own)  # behind the replacement of a character that it did not complete
+            self._entries.append(self._pieces.entry(token_id, score, offset, text=fresh if is_whole else None))
+        return fresh
+
+    def push_end(self, token_id: int, score: Score | None) -> None:
+        """The entry of a stop token, which is no text."""
+        if self._is_scored:
+            self._entries.append(self._pieces.entry(token_id, score, self.num_chars, is_text=False))
+
+    def flush(self) -> str:
+        """See IncrementalDecoder.flush."""
+        return self._decoder.flush()
+
+    def release(self, end: int | None) -> tuple[TokenLogprob, ...]:
+        """The entries not yet released of the tokens that begin before character `end`; of all, if it is None."""
+        if not self._entries:
+            return ()
+        num = len(self._entries) if end is None else sum(entry.offset < end for entry in self._entries)
+        return tuple(self._entries.popleft() for _ in range(num))
+
+
+class Echo(NamedTuple):
+    """A prompt as output."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+def echo_of(pieces: TokenPieces, request: GenerateRequest, scores: Sequence[Score] | None) -> Echo | None:
+    """The prompt's text as its tokens read, if the request asks for it; `scores` are of its tokens but the first."""
+    if not request.echo:
+        return None
+    prompt_ids = request.prompt_token_ids
+    if scores is None:
+        return Echo(pieces.decoder.decode(prompt_ids), ())
+    text = ScoredText(pieces, (), is_scored=True)
+    parts = [text.push(token_id, score) for token_id, score in zip(prompt_ids, (None, *scores), strict=True)]
+    return Echo("".join(parts) + text.flush(), text.release(None))
+
+
 class ChoiceText:
     """One choice of a request: takes token ids, gives deltas, knows when and why the choice ends."""
 
     def __init__(
         self,
-        decoder: TokenDecoder,
+        pieces: TokenPieces,
         request: GenerateRequest,
         index: int,
         *,
@@ -121,23 +174,34 @@ class ChoiceText:
         self.index = index
         self.finish_reason: FinishReason | None = None
         self._left = min(request.sampling.max_tokens, max_context - len(request.prompt_token_ids))
-        self._decoder = IncrementalDecoder(decoder, request.prompt_token_ids)
+        self._text = ScoredText(pieces, request.prompt_token_ids, is_scored=request.sampling.logprobs is not None)
         self._matcher = StopMatcher(request.sampling.stop)
         self._stop_token_ids = stop_token_ids
         self._num_unsent = 0
+        self._num_sent_chars = 0
         self._prefix = prefix
 
-    def push(self, token_id: int, *, last: bool = False) -> Delta | None:
+    def begin(self, echo: Echo | None) -> Delta | None:
+        """The prompt has been read: the prompt as output where asked for, and the end if no token is to follow."""
+        reason: FinishReason | None = "length" if self._left <= 0 else None
+        self.finish_reason = reason
+        if echo is None:
+            return None if reason is None else Delta(self.index, "", 0, reason)
+        self._text.num_chars = self._num_sent_chars = len(echo.text)
+        return Delta(self.index, echo.text, 0, reason, echo.logprobs)
+
+    def push(self, token_id: int, score: Score | None = None, *, last: bool = False) -> Delta | None:
         """Take one token; None while there is nothing to send. `last` ends the choice with "stop" after this token."""
         assert self.finish_reason is None, "a token for a finished choice"
         self._left -= 1
         self._num_unsent += 1
         if token_id in self._stop_token_ids:
+            self._text.push_end(token_id, score)
             return self._finish("stop", "")
-        sent, stopped = self._matcher.push(self._prefix + self._decoder.push(token_id))
+        sent, stopped = self._matcher.push(self._text.push(token_id, score, self._prefix))
         self._prefix = ""
         if stopped:
-            return self._delta(sent, "stop")
+            return self._delta(sent, "stop", is_cut=True)
         if self._left <= 0:
             return self._finish("length", sent)
         if last:
@@ -146,12 +210,15 @@ class ChoiceText:
 
     def _finish(self, reason: FinishReason, sent: str) -> Delta:
         """End by a token: incomplete characters and held text are sent after all."""
-        tail, stopped = self._matcher.push(self._decoder.flush())
+        tail, stopped = self._matcher.push(self._text.flush())
         if stopped:
-            return self._delta(sent + tail, "stop")
+            return self._delta(sent + tail, "stop", is_cut=True)
         return self._delta(sent + tail + self._matcher.flush(), reason)
 
-    def _delta(self, text: str, reason: FinishReason | None) -> Delta:
+    def _delta(self, text: str, reason: FinishReason | None, *, is_cut: bool = False) -> Delta:
         self.finish_reason = reason
         num_tokens, self._num_unsent = self._num_unsent, 0
-        return Delta(self.index, text, num_tokens, reason)
+        self._num_sent_chars += len(text)
+        is_whole = reason is not None and not is_cut
+        logprobs = self._text.release(None if is_whole else self._num_sent_chars)
+        return Delta(self.index, text, num_tokens, reason, logprobs)

@@ -12,8 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from service.engine.admission import EngineFailed, Places, check_request
-from service.engine.detokenizer import ChoiceText, TokenDecoder
+from service.engine.detokenizer import ChoiceText, echo_of
 from service.engine.protocol import AdapterMismatch, AdapterRef, Delta, EngineStats, GenerateRequest
+from service.engine.token_text import Score, TokenDecoder, TokenPieces
 
 
 class ByteTokenizer:
@@ -27,9 +28,17 @@ class ByteTokenizer:
         """The text of the bytes; ids beyond 255 wrap round, so that any prompt can be echoed."""
         return bytes(token_id & 0xFF for token_id in ids).decode(errors="replace")
 
+    def id_to_token(self, id: int) -> str:
+        """A byte as vocabularies write it."""
+        return f"<0x{id & 0xFF:02X}>"
+
 
 class EchoEngine:
-    """Echoes the prompt, one token every `token_interval_s`; an adapter's answer begins with "[adapter id] "."""
+    """Echoes the prompt, one token every `token_interval_s`; an adapter's answer begins with "[adapter id] ".
+
+    It answers as a model that puts all its probability on the prompt's next token: whatever the sampling, that token
+    comes, and its log-probability is 0, also within the prompt.
+    """
 
     def __init__(
         self,
@@ -43,7 +52,7 @@ class EchoEngine:
         max_resident_adapters: int = 16,
     ) -> None:
         self.max_context = max_context
-        self._decoder: TokenDecoder = tokenizer or ByteTokenizer()
+        self._pieces = TokenPieces(tokenizer or ByteTokenizer())
         self._token_interval_s = token_interval_s
         self._stop_token_ids = frozenset(stop_token_ids)
         self._max_resident = max_resident_adapters
@@ -95,7 +104,7 @@ class EchoEngine:
         words = words or list(request.prompt_token_ids[-1:])
         choices = [
             ChoiceText(
-                self._decoder,
+                self._pieces,
                 request,
                 index,
                 stop_token_ids=self._stop_token_ids,
@@ -104,19 +113,25 @@ class EchoEngine:
             )
             for index in range(request.n)
         ]
+        num_top = request.sampling.logprobs
         async with self._batch:
             self._num_running += request.n
             try:
+                scores = None if num_top is None else [_sure(token, num_top) for token in request.prompt_token_ids[1:]]
+                echo = echo_of(self._pieces, request, scores)
+                if begun := [delta for choice in choices if (delta := choice.begin(echo)) is not None]:
+                    yield begun
                 for number, token in enumerate(words, start=1):
+                    open_choices = [choice for choice in choices if choice.finish_reason is None]
+                    if not open_choices:
+                        return
                     await asyncio.sleep(self._token_interval_s)
                     self._check_running()
-                    open_choices = [choice for choice in choices if choice.finish_reason is None]
-                    deltas = [choice.push(token, last=number == len(words)) for choice in open_choices]
+                    score, last = None if num_top is None else _sure(token, num_top), number == len(words)
+                    deltas = [choice.push(token, score, last=last) for choice in open_choices]
                     self._num_generated += len(open_choices)
                     if sent := [delta for delta in deltas if delta is not None]:
                         yield sent
-                    if all(choice.finish_reason for choice in choices):
-                        return
             finally:
                 self._num_running -= request.n
 
@@ -155,3 +170,8 @@ class EchoEngine:
         self._adapters[adapter.id] = adapter
         self._num_adapter_loads += 1
         self._adapter_load_s.append(time.perf_counter() - started)
+
+
+def _sure(token_id: int, num_top: int) -> Score:
+    """All probability on one token."""
+    return Score(0.0, ((token_id, 0.0),) if num_top else ())

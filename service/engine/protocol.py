@@ -10,22 +10,30 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. `temperature=0` is greedy; `seed` fixes the random draws of this request's sequences."""
+    """How to choose tokens. `temperature=0` is greedy; `seed` fixes the random draws of this request's sequences.
 
-    max_tokens: int
+    The logits of a step pass, in this order, through penalties and `logit_bias`, temperature, `top_k`, `min_p` (a share
+    of the largest probability), and `top_p` of what is left.
+    """
+
+    max_tokens: int  # 0 only with the request's `echo`
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    logprobs: int | None = None  # how many of the likeliest tokens to tell with each token; None: no log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,29 @@ class GenerateRequest:
     sampling: SamplingParams
     n: int = 1
     adapter: AdapterRef | None = None
+    echo: bool = False  # every choice's text begins with the prompt's, and its log-probabilities with the prompt's
+
+
+class TopLogprob(NamedTuple):
+    """One of the likeliest tokens at a position."""
+
+    token: str  # its text; a part of a character shows as U+FFFD, a special token as its name
+    raw: bytes | None  # its UTF-8; None for a special token, which is no text
+    logprob: float
+
+
+class TokenLogprob(NamedTuple):
+    """A token of a choice and how likely the model held it, by the softmax of its unmodified logits in fp32.
+
+    `raw` of a choice's tokens, joined up, is the choice's text; only of a token that a stop string cuts in two it is
+    the whole token. A stop token ends the entries without being text.
+    """
+
+    token: str
+    raw: bytes | None
+    logprob: float | None  # None for the first token of a prompt, which nothing predicts
+    top: tuple[TopLogprob, ...]  # likeliest first
+    offset: int  # where its text begins in the choice's text, in characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +84,10 @@ class Delta:
 
     index: int
     text: str
-    num_tokens: int  # tokens this delta stands for; text may lag behind while a character is incomplete
+    num_tokens: int  # generated tokens this delta stands for; text may lag behind while a character is incomplete
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens whose text begins in what has been sent; where asked for
+    num_cached_tokens: int = 0  # prompt tokens that were not read anew; in the first choice's first delta
 
 
 @dataclass(frozen=True, slots=True)

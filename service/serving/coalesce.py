@@ -25,7 +25,14 @@ def merge(deltas: list[Delta]) -> list[Delta]:
 
 def _join(a: Delta, b: Delta) -> Delta:
     assert a.finish_reason is None, "output after the end of a choice"
-    return Delta(a.index, a.text + b.text, a.num_tokens + b.num_tokens, b.finish_reason)
+    return Delta(
+        a.index,
+        a.text + b.text,
+        a.num_tokens + b.num_tokens,
+        b.finish_reason,
+        a.logprobs + b.logprobs,
+        a.num_cached_tokens + b.num_cached_tokens,
+    )
 
 
 async def coalesce(source: Deltas, wait_s: float) -> Deltas:

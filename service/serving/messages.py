@@ -102,6 +102,11 @@ class ServeRequest:
     stop: tuple[str, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    logprobs: int | None = None  # likeliest tokens to tell with each token; None: no log-probabilities
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,7 @@ class Accepted:
 
     num_prompt_tokens: int
     deltas: list[Delta]
+    num_cached_tokens: int = 0  # prompt tokens that the engine did not have to read anew
 
 
 @dataclass(frozen=True, slots=True)

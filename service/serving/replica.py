@@ -103,7 +103,7 @@ class ReplicaCore:
             async with aclosing(self._deltas(work)) as groups:
                 is_first = True
                 async for deltas in groups:
-                    yield Accepted(len(token_ids), deltas) if is_first else deltas
+                    yield _accepted(len(token_ids), deltas) if is_first else deltas
                     is_first = False
         except Exception as error:  # a process edge: errors travel as values, and faults of ours are logged here
             param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
@@ -226,8 +226,17 @@ def build_engine(settings: Settings, storage: Storage, deployable: Deployable, r
     )
 
 
+def _accepted(num_prompt_tokens: int, deltas: list[Delta]) -> Accepted:
+    """The choices of a request share one prompt, so what one of them found in the cache counts once."""
+    return Accepted(num_prompt_tokens, deltas, max(delta.num_cached_tokens for delta in deltas))
+
+
 def _render(renderer: Renderer, request: ServeRequest) -> tuple[int, ...]:
     prompt = request.prompt
+    for token_id, _ in request.logit_bias:
+        if token_id >= renderer.vocab_size:
+            message = f"Token id {token_id} is outside this model's vocabulary of {renderer.vocab_size}."
+            raise InvalidRequest(message, param="logit_bias")
     if isinstance(prompt, ChatPrompt):
         messages = [message.model_dump(mode="json", exclude_none=True) for message in prompt.messages]
         return tuple(renderer.encode_prompt(messages))
@@ -246,7 +255,7 @@ def _max_tokens(request: ServeRequest, num_prompt: int, max_context: int) -> int
     limit = f"This model's maximum context length is {max_context} tokens."
     if num_prompt == 0:
         raise InvalidRequest("The prompt must not be empty: this model puts no token of its own in front.", param=param)
-    if num_prompt >= max_context:
+    if num_prompt + (request.max_tokens != 0) > max_context:
         message = (
             f"{limit} However, your {param} resulted in {num_prompt} tokens. Please reduce the length of the {param}."
         )
@@ -274,6 +283,10 @@ def _engine_request(
         stop=request.stop,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        logprobs=request.logprobs,
     )
     ref = adapter.ref if adapter is not None else None
-    return GenerateRequest(request.request_id, token_ids, sampling, n=request.n, adapter=ref)
+    return GenerateRequest(request.request_id, token_ids, sampling, n=request.n, adapter=ref, echo=request.echo)

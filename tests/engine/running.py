@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.engine.admission import EngineFailed
 from service.engine.echo import EchoEngine
 from service.engine.native.engine import NativeEngine
-from service.engine.protocol import AdapterRef, FinishReason, GenerateRequest, SamplingParams
+from service.engine.protocol import AdapterRef, Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 
 AnyEngine = EchoEngine | NativeEngine
 __all__ = ["Answer", "AnyEngine", "EngineFailed", "ask", "collect", "running"]
@@ -22,6 +22,15 @@ class Answer:
     text: str = ""
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        """Its next part."""
+        assert self.finish_reason is None, "output after the end"
+        self.text += delta.text
+        self.num_tokens += delta.num_tokens
+        self.finish_reason = delta.finish_reason
+        self.logprobs += delta.logprobs
 
 
 @asynccontextmanager
@@ -35,11 +44,17 @@ async def running(engine: AnyEngine) -> AsyncIterator[AnyEngine]:
 
 
 def ask(
-    prompt: tuple[int, ...], max_tokens: int, *, n: int = 1, adapter: AdapterRef | None = None, **sampling: object
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    *,
+    n: int = 1,
+    adapter: AdapterRef | None = None,
+    echo: bool = False,
+    **sampling: object,
 ) -> GenerateRequest:
     """A request, greedy unless told otherwise."""
     params = SamplingParams(max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
-    return GenerateRequest("request", prompt, params, n=n, adapter=adapter)
+    return GenerateRequest("request", prompt, params, n=n, adapter=adapter, echo=echo)
 
 
 async def collect(engine: AnyEngine, request: GenerateRequest) -> list[Answer]:
@@ -48,10 +63,6 @@ async def collect(engine: AnyEngine, request: GenerateRequest) -> list[Answer]:
     async for deltas in engine.generate(request):
         assert deltas
         for delta in deltas:
-            answer = answers[delta.index]
-            assert answer.finish_reason is None, "output after the end"
-            answer.text += delta.text
-            answer.num_tokens += delta.num_tokens
-            answer.finish_reason = delta.finish_reason
+            answers[delta.index].add(delta)
     assert all(answer.finish_reason for answer in answers)
     return answers

@@ -76,6 +76,50 @@ async def test_a_stop_string_cuts_the_text_before_itself(make: Maker) -> None:
         assert answer.num_tokens < 30
 
 
+async def test_logprobs_are_told_when_asked_and_join_with_the_text(make: Maker) -> None:
+    async with running(make()) as engine:
+        (plain,) = await collect(engine, ask(PROMPT, 30))
+        assert plain.logprobs == []
+        stop = plain.text[10:13]
+        for sampling in ({"logprobs": 3}, {"logprobs": 0, "stop": (stop,)}):
+            (answer,) = await collect(engine, ask(PROMPT, 30, **sampling))
+            text = b"".join(entry.raw or b"" for entry in answer.logprobs).decode(errors="replace")
+            assert text.startswith(answer.text)
+            assert all(entry.offset <= len(answer.text) for entry in answer.logprobs)
+            for entry in answer.logprobs:
+                assert entry.logprob is not None
+                assert entry.logprob <= 0
+                assert len(entry.top) <= sampling["logprobs"]  # type: ignore[operator]
+                assert all(top.logprob <= entry.top[0].logprob for top in entry.top)
+        (whole,) = await collect(engine, ask(PROMPT, 30, logprobs=1))
+        assert (whole.text, len(whole.logprobs)) == (plain.text, plain.num_tokens)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_echo_sends_the_prompt_first_and_needs_no_new_token(make: Maker, logprobs: int | None) -> None:
+    prompt_text = TOKENIZER.decode(PROMPT)
+    async with running(make(max_context=len(PROMPT) + 4)) as engine:
+        (plain,) = await collect(engine, ask(PROMPT, 4))
+        for max_tokens in (0, 4):
+            answers = await collect(engine, ask(PROMPT, max_tokens, n=2, echo=True, logprobs=logprobs))
+            for answer in answers:
+                assert (answer.num_tokens, answer.finish_reason) == (max_tokens, "length")
+                assert answer.text == prompt_text + (plain.text if max_tokens else "")
+                assert len(answer.logprobs) == (len(PROMPT) + max_tokens if logprobs else 0)
+                assert not answer.logprobs or answer.logprobs[0].logprob is None
+        (full,) = await collect(engine, ask((*PROMPT, 1, 2, 3, 4), 0, echo=True))
+        assert full.num_tokens == 0
+        stats = engine.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+
+
+async def test_a_stop_string_is_looked_for_behind_an_echoed_prompt_only(make: Maker) -> None:
+    async with running(make()) as engine:
+        (answer,) = await collect(engine, ask(PROMPT, 3, echo=True, stop=("there",)))
+        assert answer.text.startswith(TOKENIZER.decode(PROMPT))
+        assert answer.num_tokens == 3
+
+
 async def test_n_choices_end_each_with_its_own_reason(make: Maker) -> None:
     async with running(make(max_batch_size=4)) as engine:
         answers = await collect(engine, ask(PROMPT, 5, n=4))

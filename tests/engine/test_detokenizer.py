@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from service.engine.detokenizer import ChoiceText, IncrementalDecoder, StopMatcher
+from service.engine.token_text import TokenPieces
 from tests.engine.models import REAL, byte_tokenizer
 from tests.engine.running import ask
 
@@ -83,7 +84,7 @@ def test_what_may_become_a_stop_string_is_held_back_until_it_is_certain() -> Non
 
 def test_a_stop_token_ends_the_text_and_counts() -> None:
     end = BYTES.token_to_id("<|end|>")
-    text = ChoiceText(BYTES, ask((1,), 9), 0, stop_token_ids=frozenset({end}), max_context=50)
+    text = ChoiceText(TokenPieces(BYTES), ask((1,), 9), 0, stop_token_ids=frozenset({end}), max_context=50)
     deltas = [text.push(token) for token in [*BYTES.encode("ok").ids, end]]
     assert [(delta.text, delta.num_tokens, delta.finish_reason) for delta in deltas if delta] == [
         ("o", 1, None), ("k", 1, None), ("", 1, "stop"),

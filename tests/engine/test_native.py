@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,9 +126,55 @@ def test_draws_depend_on_seed_and_index_only() -> None:
 def test_samples_follow_the_distribution(top_p: float) -> None:
     weights = torch.tensor([0.1, 0.5, 0.0, 0.15, 0.25])
     states = [SamplerState(SamplingParams(1, temperature=1.0, top_p=top_p, seed=i), 0) for i in range(4000)]
-    tokens = BatchSampler(states, torch.device("cpu"))(weights.log().repeat(4000, 1))
+    tokens = BatchSampler(states, torch.device("cpu"))(weights.log().repeat(4000, 1)).token_ids
     kept = weights if top_p == 1 else torch.tensor([0.0, 0.5, 0.0, 0.0, 0.25])
     torch.testing.assert_close(tokens.bincount(minlength=5) / 4000, kept / kept.sum(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 2}, [1, 4]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.3}, [1, 3, 4]),  # 0.15 is 0.3 times 0.5
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 3, "top_p": 0.6}, [1, 4]),  # of what the three leave, 0.5/0.9 = 0.56 is less than 0.6
+        ({"top_k": 2, "top_p": 0.66}, [1]),  # 0.5/0.75 = 0.67 is enough
+        ({"min_p": 0.3, "top_p": 0.8}, [1, 4]),
+        ({"top_p": 0.0}, [1]),
+        ({"logit_bias": ((1, -100.0), (2, 1.0))}, [0, 2, 3, 4]),
+    ],
+)
+def test_filters_and_bias_leave_the_distribution_that_they_say(options: dict[str, Any], kept: list[int]) -> None:
+    """Alone in a batch, and beside rows that are filtered in other ways or not at all."""
+    weights = torch.tensor([0.07, 0.5, 0.03, 0.15, 0.25])
+    num = 3000
+    others = [
+        SamplerState(SamplingParams(1, **other), 0)
+        for other in ({}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.1, "logprobs": 2})
+    ]
+    expected = weights * torch.tensor([float(i in kept) for i in range(5)])
+    if "logit_bias" in options:
+        expected[2] *= torch.e
+    for beside in ([], others):
+        batch = [*(SamplerState(SamplingParams(1, seed=i, **options), 0) for i in range(num)), *beside]
+        chosen = BatchSampler(batch, torch.device("cpu"))(weights.log().repeat(len(batch), 1))
+        share = chosen.token_ids[:num].bincount(minlength=5) / num
+        assert set(share.nonzero().flatten().tolist()) <= set(kept)
+        torch.testing.assert_close(share, expected / expected.sum(), atol=0.04, rtol=0)
+
+
+def test_a_batch_in_which_nobody_asks_has_no_scores_and_one_in_which_some_do_has_theirs() -> None:
+    logits = torch.randn(3, 9)
+    silent, asking = SamplingParams(1, temperature=0.0), SamplingParams(1, temperature=0.0, logprobs=2)
+    none = BatchSampler([SamplerState(silent, 0)] * 3, torch.device("cpu"))(logits.clone())
+    assert none.scores() == [None, None, None]
+    states = [SamplerState(params, 0) for params in (silent, asking, silent)]
+    first, second, third = BatchSampler(states, torch.device("cpu"))(logits.clone()).scores()
+    assert first is third is None
+    assert second is not None
+    assert second.logprob == pytest.approx(float(logits[1].log_softmax(-1).max()))
+    assert [token_id for token_id, _ in second.top] == logits[1].topk(2).indices.tolist()
 
 
 def test_penalties_follow_the_formula_over_generated_tokens() -> None:
@@ -135,7 +182,7 @@ def test_penalties_follow_the_formula_over_generated_tokens() -> None:
     sampler = BatchSampler([state], torch.device("cpu"))
     logits = torch.tensor([[5.0, 3.4, 3.0]])
     # 5 -> 3.5 -> 3.0 for token 0; token 1 (3.4) wins next and falls to 1.9; then 0 and 2 tie at 3.0, the first wins
-    assert [int(sampler(logits.clone())[0]) for _ in range(4)] == [0, 0, 1, 0]
+    assert [int(sampler(logits.clone()).token_ids[0]) for _ in range(4)] == [0, 0, 1, 0]
 
 
 async def test_a_crash_reaches_every_stream_and_is_seen_as_unhealthy(model_folders: dict[str, Path]) -> None:

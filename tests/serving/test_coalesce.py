@@ -8,13 +8,19 @@ from contextlib import aclosing
 
 import pytest
 
-from service.engine.protocol import Delta
+from service.engine.protocol import Delta, TokenLogprob
 from service.serving.coalesce import coalesce, merge
 
 
 def test_merging_joins_text_and_counts_per_choice() -> None:
     deltas = [Delta(1, "a", 1), Delta(0, "x", 1), Delta(1, "b", 2, "stop"), Delta(0, "", 1)]
     assert merge(deltas) == [Delta(1, "ab", 3, "stop"), Delta(0, "x", 2)]
+
+
+def test_merging_keeps_logprobs_in_order_and_the_cached_tokens_of_the_first() -> None:
+    a, b, c = (TokenLogprob(token, token.encode(), -1.0, (), at) for at, token in enumerate("abc"))
+    deltas = [Delta(0, "a", 1, logprobs=(a,), num_cached_tokens=7), Delta(0, "bc", 2, "stop", (b, c))]
+    assert merge(deltas) == [Delta(0, "abc", 3, "stop", (a, b, c), 7)]
 
 
 async def test_the_first_delta_leaves_at_once_and_later_ones_together() -> None:

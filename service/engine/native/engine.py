@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from service.engine.admission import EngineFailed, Places, check_request
-from service.engine.detokenizer import TokenDecoder
 from service.engine.protocol import AdapterRef, Delta, EngineStats, GenerateRequest
+from service.engine.token_text import TokenDecoder
 
 if TYPE_CHECKING:
+    from service.engine.detokenizer import Echo
     from service.engine.native.adapters import LoadedAdapter
+    from service.engine.native.logprobs import PromptScores
     from service.engine.native.residency import Residency
     from service.engine.native.stepper import Stepper
 
@@ -31,6 +33,8 @@ class Stream:
 
     request: GenerateRequest
     adapter: LoadedAdapter | None
+    scores: PromptScores | None = None  # of the prompt, where they are asked for, while it is read
+    echo: Echo | None = None  # once the prompt has been read
     inbox: asyncio.Queue[list[Delta] | EngineFailed] = field(default_factory=asyncio.Queue)
 
 

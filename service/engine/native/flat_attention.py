@@ -87,7 +87,8 @@ def _newest(
         q = q.new_zeros(part.num_rows, *q.shape[1:]).index_copy_(0, part.rows, q)
     if (mask := part.masks.get(window)) is None:
         mask = part.masks[window] = _newest_mask(part, keys.shape[1], window, q)
-    found = _grouped(q[:, :, None], *(x[: part.num_rows, :, : part.num_keys] for x in (keys, values)), mask, scale)
+    keys, values = (x[: part.num_rows, :, : part.num_keys] for x in (keys, values))
+    found = _grouped(q[:, :, None], keys, values, mask, scale)
     return found[part.rows, :, 0] if is_spread else found[:, :, 0]
 
 
@@ -134,9 +135,7 @@ def _piece_mask(start: int, num_queries: int, num_keys: int, window: int | None,
     return like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[None]
 
 
-def _grouped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale Q K^T + mask) V of q [rows, heads, queries, size] and k, v [rows, KV heads, keys, size], with the
     mask [rows * KV heads or 1, queries, keys]; the same shape as q."""
     num_rows, num_heads, num_queries, size = q.shape

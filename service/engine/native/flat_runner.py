@@ -59,10 +59,10 @@ class FlatRunner:
         while row_capacity(self.max_context) > max_tokens:
             self.max_context = row_capacity(self.max_context) // 2
 
-    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> Row | None:
+    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> Row | None:
         """See Runner."""
         row = self.cache.open(len(token_ids) + 1)
-        if row is not None:
+        if row is not None and not anew:
             self.prefixes.fill(row, token_ids, _id(adapter))
         return row
 
@@ -85,34 +85,37 @@ class FlatRunner:
             key=lambda feed: (feed.place.pool.capacity, feed.place.number),
         )
         pieces = [feed for feed in feeds if len(feed.token_ids) > 1]
-        token_ids = [feed.token_ids[0] for feed in newest]
-        positions = [feed.place.length for feed in newest]
-        last = {id(feed): number for number, feed in enumerate(newest)}
-        parts, adapted = [], []
-        for feed in pieces:
-            tokens = slice(len(token_ids), len(token_ids) + len(feed.token_ids))
-            parts.append(Piece(feed.place, feed.place.length, tokens))
+        token_ids: list[int] = []
+        positions: list[int] = []
+        tokens: dict[int, slice] = {}
+        for feed in (*newest, *pieces):
+            tokens[id(feed)] = slice(len(token_ids), len(token_ids) + len(feed.token_ids))
             token_ids += feed.token_ids
             positions += range(feed.place.length, feed.place.length + len(feed.token_ids))
-            last[id(feed)] = tokens.stop - 1
-            if feed.adapter is not None:
-                adapted.append((tokens, feed.adapter))
         padding = [0] * (_rounded_tokens(len(token_ids)) - len(token_ids))
+        parts = [Piece(feed.place, feed.place.length, tokens[id(feed)]) for feed in pieces]
         plan = AttentionPlan(self._newest(newest), parts, len(token_ids) + len(padding))
+        adapted = [(tokens[id(feed)], feed.adapter) for feed in pieces if feed.adapter is not None]
         self._stack.plan = self._stack.make_plan([feed.adapter for feed in newest], adapted, self.device)
-        wanted = [last[id(feed)] for feed in feeds if feed.ends]
-        kept = wanted + [0] * (_rounded_tokens(max(1, len(wanted))) - len(wanted))
-        logits = self._model(
+        ends = [tokens[id(feed)].stop - 1 for feed in feeds if feed.ends]
+        scored = [feed for feed in feeds if feed.scores is not None]
+        kept = ends + [number for feed in scored for number in range(len(token_ids))[tokens[id(feed)]]]
+        kept += [0] * (_rounded_tokens(max(1, len(kept))) - len(kept))
+        logits: torch.Tensor = self._model(
             input_ids=torch.tensor([token_ids + padding], device=self.device),
             position_ids=torch.tensor([positions + padding], device=self.device),
             logits_to_keep=torch.tensor(kept, device=self.device),
             use_cache=False,
             plan=plan,
-        ).logits
+        ).logits[0]
         for feed in feeds:
             feed.place.length += len(feed.token_ids)
-        found: torch.Tensor = logits[0, : len(wanted)].float()
-        return found
+        start = len(ends)
+        for feed in scored:
+            assert feed.scores is not None
+            feed.scores.add(logits[start : start + len(feed.token_ids)])
+            start += len(feed.token_ids)
+        return logits[: len(ends)].float()
 
     def _newest(self, feeds: list[Feed]) -> list[Newest]:
         parts, start = [], 0

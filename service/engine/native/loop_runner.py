@@ -60,7 +60,7 @@ class LoopRunner:
                 f"{self._model.config.model_type} models keep a state that this engine cannot batch: {kinds}"
             )
 
-    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> LoopPlace:
+    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> LoopPlace:
         """See Runner; there is always room for as many rows as the scheduler admits."""
         return LoopPlace()
 
@@ -101,8 +101,12 @@ class LoopRunner:
         self._stack.plan = self._stack.make_plan([], pieces, self.device)
         positions = torch.arange(start, stop, device=self.device).unsqueeze(0)
         mask = torch.ones(1, stop, dtype=torch.bool, device=self.device)
-        logits = self._forward(torch.tensor([feed.token_ids], device=self.device), positions, mask, place.cache)
-        return logits[0] if feed.ends else None
+        token_ids = torch.tensor([feed.token_ids], device=self.device)
+        which = {} if feed.scores is not None else self._last_logits
+        logits = self._forward(token_ids, positions, mask, place.cache, which)[0]
+        if feed.scores is not None:
+            feed.scores.add(logits)
+        return logits[-1].float() if feed.ends else None
 
     def _seat(self, wanted: list[LoopPlace]) -> None:
         """Close the gaps of sequences that have ended, then give rows to those that decode for the first time."""
@@ -135,20 +139,21 @@ class LoopRunner:
         self._stack.plan = self._stack.make_plan([feed.adapter for feed in in_order], [], self.device)
         token_ids = torch.tensor([feed.token_ids for feed in in_order], device=self.device)
         positions, mask = self._cache.advance()
-        logits = self._forward(token_ids, positions, mask, self._cache)
+        logits = self._forward(token_ids, positions, mask, self._cache, self._last_logits)[:, -1].float()
         return {id(feed): row for feed, row in zip(in_order, logits, strict=True)}
 
     def _forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | RowCache
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache | RowCache,
+        which: dict[str, int],
     ) -> torch.Tensor:
+        """Logits [rows, positions, vocabulary]; `which` names fewer positions to models that can be told."""
         where = {"position_ids": positions} if self._has_positions else {}
         output = self._model(
-            input_ids=token_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **where,
-            **self._last_logits,
+            input_ids=token_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **which
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits
         return logits

@@ -36,7 +36,6 @@ class PrefixCache:
         for name in _names(token_ids[: len(token_ids) - 1], adapter_id):
             if (block := self._blocks.get(name)) is None:
                 break
-            self._blocks.move_to_end(name)
             row.states(row.length, row.length + BLOCK).copy_(block)
             row.length += BLOCK
         return row.length
@@ -45,9 +44,11 @@ class PrefixCache:
         """Remember the blocks of a prompt that has been read into the row."""
         if not self._max_blocks:
             return
-        for number, name in enumerate(_names(token_ids[: row.length], adapter_id)):
+        names = list(_names(token_ids[: row.length], adapter_id))
+        for number, name in enumerate(names):
             if name not in self._blocks:
                 self._blocks[name] = row.states(number * BLOCK, (number + 1) * BLOCK).clone()
+        for name in reversed(names):  # a block is of use only together with those before it: they go last
             self._blocks.move_to_end(name)
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)

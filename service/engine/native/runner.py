@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from service.engine.native.logprobs import PromptScores
 from service.engine.native.lora import Linear, LoadedAdapter
 
 _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +35,7 @@ class Feed:
     token_ids: Sequence[int]
     adapter: LoadedAdapter | None
     ends: bool  # whether the logits after the last one are wanted
+    scores: PromptScores | None = None  # takes the logits after all of them, where a prompt is to be scored
 
 
 class Runner(Protocol):
@@ -44,9 +46,9 @@ class Runner(Protocol):
     max_context: int
     layers: dict[str, Linear]  # that adapters may target
 
-    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> Place | None:
-        """A place for a sequence that begins so; its `length` says how much of it is known already. None when there is
-        no room."""
+    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> Place | None:
+        """A place for a sequence that begins so; its `length` says how much of it is known already: nothing if it is to
+        be read anew. None when there is no room."""
         ...
 
     def grow(self, place: Any, num_tokens: int) -> bool:

@@ -6,15 +6,18 @@ Joins scheduler, runner, sampler and text; used from the engine's thread only. `
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.detokenizer import ChoiceText, TokenDecoder
+from service.engine.detokenizer import ChoiceText, echo_of
+from service.engine.native.logprobs import PromptScores
 from service.engine.native.runner import Feed, Runner
 from service.engine.native.sampler import BatchSampler, SamplerState
 from service.engine.native.scheduler import Scheduler
 from service.engine.protocol import Delta
+from service.engine.token_text import TokenDecoder, TokenPieces
 
 if TYPE_CHECKING:
     from service.engine.native.engine import Stream
@@ -25,14 +28,16 @@ PROMPT_TOKENS_PER_STEP = 512  # bounds how long running streams wait for the pro
 class Sequence:
     """One choice of a request while it is generated."""
 
-    __slots__ = ("adapter", "num_prompt", "owner", "place", "sampler", "text", "token_ids")
+    __slots__ = ("adapter", "has_begun", "num_cached", "num_prompt", "owner", "place", "sampler", "text", "token_ids")
 
     def __init__(self, stream: Stream, index: int, text: ChoiceText) -> None:
         self.owner, self.adapter, self.text = stream, stream.adapter, text
         self.sampler = SamplerState(stream.request.sampling, index)
         self.token_ids = list(stream.request.prompt_token_ids)  # and what was generated
         self.num_prompt = len(self.token_ids)
+        self.num_cached = 0  # tokens of the prompt that were not read anew
         self.place: Any = None
+        self.has_begun = False  # whether its prompt has been read, perhaps in a place that it gave up
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +49,11 @@ class Sequence:
         """Whether it has not yet read its prompt."""
         return bool(self.place.length < self.num_prompt)
 
+    @property
+    def scores(self) -> PromptScores | None:
+        """What takes the scores of the prompt while this sequence reads it."""
+        return None if self.has_begun or self.text.index else self.owner.scores
+
 
 class _Room:
     """The runner's places, for the scheduler."""
@@ -52,8 +62,15 @@ class _Room:
         self._runner = runner
 
     def open(self, sequence: Sequence) -> bool:
-        sequence.place = self._runner.open(sequence.token_ids, sequence.adapter)
-        return sequence.place is not None
+        num_top = _num_top_to_score(sequence)
+        sequence.place = self._runner.open(sequence.token_ids, sequence.adapter, anew=num_top is not None)
+        if sequence.place is None:
+            return False
+        if num_top is not None:
+            sequence.owner.scores = PromptScores(sequence.owner.request.prompt_token_ids, num_top)
+        if not sequence.has_begun:
+            sequence.num_cached = sequence.place.length
+        return True
 
     def grow(self, sequence: Sequence) -> bool:
         return self._runner.grow(sequence.place, sequence.num_tokens)
@@ -79,7 +96,7 @@ class Stepper:
         self.runner = runner
         self.max_context = min(runner.max_context, max_context or runner.max_context)
         self.num_generated_tokens = 0
-        self._decoder = decoder
+        self._pieces = TokenPieces(decoder)
         self._stop_token_ids = stop_token_ids
         self._scheduler: Scheduler[Sequence] = Scheduler(_Room(runner), max_batch_size, prompt_tokens_per_step)
         self._sampled: list[Sequence] = []  # whom the sampler is for
@@ -104,7 +121,7 @@ class Stepper:
                     stream,
                     index,
                     ChoiceText(
-                        self._decoder,
+                        self._pieces,
                         stream.request,
                         index,
                         stop_token_ids=self._stop_token_ids,
@@ -123,39 +140,71 @@ class Stepper:
     @torch.inference_mode()
     def step(self) -> list[tuple[Stream, list[Delta]]]:
         """Advance everything; returns the new deltas by request."""
-        feeds, ending, read = [], [], []
-        for sequence, num in self._scheduler.plan():
-            start = sequence.place.length
-            ends = start + num == sequence.num_tokens
-            feeds.append(Feed(sequence.place, sequence.token_ids[start : start + num], sequence.adapter, ends))
-            if ends:
-                ending.append(sequence)
-                if num > 1:
-                    read.append(sequence)
+        plan = self._scheduler.plan()
+        feeds = [_feed(sequence, num_tokens) for sequence, num_tokens in plan]
         if feeds:
             logits = self.runner.forward(feeds)
-            for sequence in read:
-                self.runner.keep(sequence.place, sequence.token_ids, sequence.adapter)
-            if ending:
-                self._choose(ending, logits)
+            ending = [sequence for (sequence, _), feed in zip(plan, feeds, strict=True) if feed.ends]
+            for sequence, num_tokens in plan:
+                if num_tokens > 1 and sequence.place.length == sequence.num_tokens:
+                    self.runner.keep(sequence.place, sequence.token_ids, sequence.adapter)
+            self._choose(ending, logits)
         step, self._deltas = list(self._deltas.items()), defaultdict(list)
         return step
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """The next token of each sequence."""
+        """The next token of each sequence, by logits [sequences, vocabulary]."""
+        for sequence in sequences:
+            if not sequence.has_begun:
+                self._begin(sequence)
+        rows = [row for row, sequence in enumerate(sequences) if sequence.text.finish_reason is None]
+        if len(rows) < len(sequences):  # some wanted no token
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
         if sequences != self._sampled:
             self._sampled = sequences
             self._sampler = BatchSampler([sequence.sampler for sequence in sequences], self.runner.device)
-        for sequence, token in zip(sequences, self._sampler(logits).tolist(), strict=True):
+        if not sequences:
+            return
+        chosen = self._sampler(logits)
+        for sequence, token, score in zip(sequences, chosen.token_ids.tolist(), chosen.scores(), strict=True):
             sequence.token_ids.append(token)
-            self._take(sequence, token)
+            self.num_generated_tokens += 1
+            self._send(sequence, sequence.text.push(token, score))
 
-    def _take(self, sequence: Sequence, token: int) -> None:
-        """A chosen token becomes text, and perhaps the sequence's end."""
-        self.num_generated_tokens += 1
-        delta = sequence.text.push(token)
+    def _begin(self, sequence: Sequence) -> None:
+        """The prompt has been read: it is output where that was asked for."""
+        stream = sequence.owner
+        if stream.request.echo and stream.echo is None:
+            stream.echo = echo_of(self._pieces, stream.request, stream.scores.to_list() if stream.scores else None)
+        sequence.has_begun = True
+        self._send(sequence, sequence.text.begin(stream.echo))
+
+    def _send(self, sequence: Sequence, delta: Delta | None) -> None:
+        """Output on its way, and the sequence's place free if it was the last."""
         if delta is None:
             return
+        if sequence.num_cached and not sequence.text.index:
+            delta, sequence.num_cached = replace(delta, num_cached_tokens=sequence.num_cached), 0
         self._deltas[sequence.owner].append(delta)
         if delta.finish_reason is not None:
             self._scheduler.finish(sequence)
+
+
+def _num_top_to_score(sequence: Sequence) -> int | None:
+    """How many of the likeliest tokens to tell with each of the prompt, which this sequence is to read for that; None
+    if it is not. The first choice does so for all."""
+    request = sequence.owner.request
+    return request.sampling.logprobs if request.echo and not sequence.text.index and not sequence.has_begun else None
+
+
+def _feed(sequence: Sequence, num_tokens: int) -> Feed:
+    """The next tokens of a sequence."""
+    start = sequence.place.length
+    stop = start + num_tokens
+    return Feed(
+        sequence.place,
+        sequence.token_ids[start:stop],
+        sequence.adapter,
+        ends=stop == sequence.num_tokens,
+        scores=sequence.scores,
+    )
