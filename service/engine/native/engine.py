@@ -224,10 +224,12 @@ class NativeEngine:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
+        from service.engine.allocator import keep_freed_memory
         from service.engine.native.runner import load_runner
         from service.engine.native.stepper import Stepper
 
         disable_progress_bar()
+        keep_freed_memory()
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         with torch.inference_mode():

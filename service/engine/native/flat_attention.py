@@ -120,9 +120,11 @@ def _piece(
     q = query[part.tokens].transpose(0, 1)  # [heads, tokens, head size]
     num_queries, num_keys = rounded(num), min(rounded(end), keys.shape[1])
     if (mask := part.masks.get(window)) is None:
-        mask = part.masks[window] = _piece_mask(part.start, num_queries, num_keys, window, q)
-    q = torch.nn.functional.pad(q, (0, 0, 0, num_queries - num))
-    found = _grouped(q[None], keys[None, :, :num_keys], values[None, :, :num_keys], mask, scale)
+        mask = _piece_mask(part.start, num_queries, num_keys, window, q)
+        mask = part.masks[window] = mask.repeat(1, len(q) // len(keys), 1)
+    padded = q.new_empty(len(q), num_queries, q.shape[-1])  # whatever is behind: it becomes rows that nobody looks at
+    padded[:, :num] = q
+    found = _grouped(padded[None], keys[None, :, :num_keys], values[None, :, :num_keys], mask, scale)
     return found[0, :, :num].transpose(0, 1)
 
 
@@ -137,13 +139,11 @@ def _piece_mask(start: int, num_queries: int, num_keys: int, window: int | None,
 
 def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale Q K^T + mask) V of q [rows, heads, queries, size] and k, v [rows, KV heads, keys, size], with the
-    mask [rows * KV heads or 1, queries, keys]; the same shape as q."""
+    mask [rows * KV heads or 1, 1 or heads of a KV head * queries, keys]; the same shape as q."""
     num_rows, num_heads, num_queries, size = q.shape
     num_kv = k.shape[1]
     group = num_heads // num_kv
     q = q.reshape(num_rows * num_kv, group * num_queries, size)
-    if group > 1 and num_queries > 1:
-        mask = mask.repeat(1, group, 1)
     scores = torch.baddbmm(mask, q, k.flatten(0, 1).transpose(1, 2), alpha=scale)
     return torch.bmm(torch.softmax(scores, dim=-1), v.flatten(0, 1)).view(num_rows, num_heads, num_queries, size)
 

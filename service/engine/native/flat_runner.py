@@ -15,6 +15,7 @@ from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Pi
 from service.engine.native.fused_layers import fuse
 from service.engine.native.kv_cache import KvCache, Row, StateShape, row_capacity
 from service.engine.native.lora import AdapterStack, LoadedAdapter, attach, linear_layers
+from service.engine.native.lora import Piece as LoraPiece
 from service.engine.native.prefix_cache import PrefixCache
 from service.engine.native.runner import Feed, context_of
 
@@ -43,7 +44,7 @@ class FlatRunner:
         self.max_context = context_of(model)
         self.layers = linear_layers(model) if with_adapters else {}
         self._model = model
-        self._stack = AdapterStack()
+        self._stack = AdapterStack(model)
         model.set_attn_implementation(FLAT)
         fuse(model, self._stack)
         if with_adapters:
@@ -95,8 +96,8 @@ class FlatRunner:
         padding = [0] * (_rounded_tokens(len(token_ids)) - len(token_ids))
         parts = [Piece(feed.place, feed.place.length, tokens[id(feed)]) for feed in pieces]
         plan = AttentionPlan(self._newest(newest), parts, len(token_ids) + len(padding))
-        adapted = [(tokens[id(feed)], feed.adapter) for feed in pieces if feed.adapter is not None]
-        self._stack.plan = self._stack.make_plan([feed.adapter for feed in newest], adapted, self.device)
+        adapted = [LoraPiece(tokens[id(feed)], feed.adapter) for feed in pieces if feed.adapter is not None]
+        self._stack.set_plan([feed.adapter for feed in newest], adapted)
         ends = [tokens[id(feed)].stop - 1 for feed in feeds if feed.ends]
         scored = [feed for feed in feeds if feed.scores is not None]
         kept = ends + [number for feed in scored for number in range(len(token_ids))[tokens[id(feed)]]]

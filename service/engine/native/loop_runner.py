@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from service.engine.native import loop_attention
-from service.engine.native.lora import AdapterStack, LoadedAdapter, attach, linear_layers
+from service.engine.native.lora import AdapterStack, LoadedAdapter, Piece, attach, linear_layers
 from service.engine.native.row_cache import RowCache
 from service.engine.native.runner import Feed, context_of
 
@@ -37,7 +37,7 @@ class LoopRunner:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_context = context_of(model)
         self._model = model
-        self._stack = AdapterStack()
+        self._stack = AdapterStack(model)
         loop_attention.install(model)
         if with_adapters:
             attach(model, self._stack)
@@ -97,8 +97,8 @@ class LoopRunner:
         place: LoopPlace = feed.place
         assert place.cache is not None
         start, stop = place.length, place.length + len(feed.token_ids)
-        pieces = [(slice(0, len(feed.token_ids)), feed.adapter)] if feed.adapter is not None else []
-        self._stack.plan = self._stack.make_plan([], pieces, self.device)
+        pieces = [Piece(slice(0, len(feed.token_ids)), feed.adapter)] if feed.adapter is not None else []
+        self._stack.set_plan([], pieces)
         positions = torch.arange(start, stop, device=self.device).unsqueeze(0)
         mask = torch.ones(1, stop, dtype=torch.bool, device=self.device)
         token_ids = torch.tensor([feed.token_ids], device=self.device)
@@ -136,7 +136,7 @@ class LoopRunner:
         """The newest token of every row; logits [vocabulary] by feed."""
         by_place = {id(feed.place): feed for feed in feeds}
         in_order = [by_place[id(place)] for place in self._rows]
-        self._stack.plan = self._stack.make_plan([feed.adapter for feed in in_order], [], self.device)
+        self._stack.set_plan([feed.adapter for feed in in_order], [])
         token_ids = torch.tensor([feed.token_ids for feed in in_order], device=self.device)
         positions, mask = self._cache.advance()
         logits = self._forward(token_ids, positions, mask, self._cache, self._last_logits)[:, -1].float()

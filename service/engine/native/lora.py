@@ -1,9 +1,9 @@
 """Applying adapters: many at once, each to its own tokens.
 
-Linear layers that read the same input form a group. For the newest tokens, one for each sequence, the factors of all
-adapters that are in use lie stacked, so that one batched product per factor serves all adapters, whatever their number
-and ranks. A piece of a prompt has one adapter and many tokens: its factors are multiplied by themselves. A step without
-adapters pays one `if` per group.
+Linear layers that read the same input form a group. The factors of all adapters in use lie stacked, so that for the
+newest tokens, one of each sequence, one batched product per factor serves all adapters, whatever their number and
+ranks. Many tokens with one adapter, as in a piece of a prompt, are multiplied with its factors by themselves. A step
+without adapters pays one `if` per group.
 """
 
 from __future__ import annotations
@@ -36,102 +36,115 @@ class LoadedAdapter:
     id: str
     factors: dict[str, Factors]
 
-    @property
-    def rank(self) -> int:
-        """The largest."""
-        return max(factors.down.shape[1] for factors in self.factors.values())
+    def __post_init__(self) -> None:
+        self.rank = max(factors.down.shape[1] for factors in self.factors.values())
+        self.has_gains = any(factors.gain is not None for factors in self.factors.values())  # DoRA
 
-    @property
-    def has_gains(self) -> bool:
-        """Whether any layer is scaled (DoRA)."""
-        return any(factors.gain is not None for factors in self.factors.values())
+
+Tokens = slice | torch.Tensor  # some of the flat row
+
+
+class Piece(NamedTuple):
+    """Many tokens with one adapter."""
+
+    tokens: Tokens
+    adapter: LoadedAdapter
+
+
+class Spread(NamedTuple):
+    """Single tokens with many adapters, computed in slots of equal size."""
+
+    num_slots: int  # of the stack, the first ones
+    tokens: Tokens
+    sources: torch.Tensor  # int64 [slots * tokens of a slot]: the token that is computed there, any where there is none
+    places: torch.Tensor  # int64 [tokens]: where each token is computed
+    slot_of: torch.Tensor  # int64 [tokens]
+    has_gains: bool
 
 
 @dataclass
 class LoraPlan:
     """Which tokens of a step use which adapters."""
 
-    slots: int = 0  # of the stack that are computed with
-    num_per_slot: int = 0  # newest tokens, padded
-    sources: torch.Tensor | None = None  # int64 [slots * num_per_slot]: the token that is computed there
-    places: torch.Tensor | None = None  # int64 [tokens]: where each token's result stands; None if all in order
-    tokens: torch.Tensor | None = None  # int64 [tokens]: those with an adapter
-    slot_of: torch.Tensor | None = None  # int64 [tokens]
-    has_gains: bool = False
-    pieces: list[tuple[slice, LoadedAdapter]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    spread: Spread | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether no token has an adapter."""
-        return self.tokens is None and not self.pieces
+        return self.spread is None and not self.pieces
 
 
 class AdapterStack:
     """The adapters of running sequences, stacked, and the plan of the step that runs now; shared by all groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        weight = next(model.parameters())
+        self.device = weight.device
+        # On a CPU, small products of bf16 take three times as long as those of fp32.
+        self.dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
         self.plan = LoraPlan()
         self.rank = 0
-        self.slots: list[LoadedAdapter | None] = []
+        self._held: list[str | None] = []  # the id of each slot's adapter
         self._groups: list[LinearGroup] = []
 
     def add_group(self, group: LinearGroup) -> None:
         """Let a group's factors be stacked here."""
         self._groups.append(group)
 
-    def make_plan(
-        self,
-        newest: Sequence[LoadedAdapter | None],
-        pieces: list[tuple[slice, LoadedAdapter]],
-        device: torch.device,
-    ) -> LoraPlan:
-        """The plan of a step whose first tokens, one for each sequence, use these adapters."""
-        used = Counter(adapter for adapter in newest if adapter is not None)
-        plan = LoraPlan(pieces=pieces)
-        if not used:
-            return plan
-        self._seat(list(used))
-        slot = {adapter: number for number, adapter in enumerate(self.slots) if adapter in used}
-        plan.slots, plan.num_per_slot = 1 + max(slot.values()), max(used.values())
-        tokens, places, sources = [], [], [0] * (plan.slots * plan.num_per_slot)
-        filled: Counter[int] = Counter()
+    def set_plan(self, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]) -> None:
+        """Prepare a step whose first tokens, one for each sequence, use these adapters."""
+        self.plan = LoraPlan(list(pieces))
+        counts = Counter(adapter for adapter in newest if adapter is not None)
+        for adapter, count in counts.most_common():
+            if len(counts) * count <= 2 * counts.total() + 16:  # slots of equal size waste little
+                break
+            tokens = [token for token, own in enumerate(newest) if own is adapter]
+            self.plan.pieces.append(Piece(self._tokens(tokens), adapter))
+            del counts[adapter]
+        if counts:
+            self.plan.spread = self._spread(newest, counts)
+
+    def _spread(self, newest: Sequence[LoadedAdapter | None], counts: Counter[LoadedAdapter]) -> Spread:
+        self._seat({adapter.id: adapter for adapter in counts})
+        slot = {adapter: self._held.index(adapter.id) for adapter in counts}
+        num_slots, size = 1 + max(slot.values()), max(counts.values())
+        sources, filled = [0] * (num_slots * size), [0] * num_slots
+        tokens, places = [], []
         for token, adapter in enumerate(newest):
-            if adapter is None:
-                continue
-            place = slot[adapter] * plan.num_per_slot + filled[slot[adapter]]
-            filled[slot[adapter]] += 1
-            sources[place] = token
-            tokens.append(token)
-            places.append(place)
-        plan.tokens = torch.tensor(tokens, device=device)
-        plan.sources = torch.tensor(sources, device=device)
-        plan.places = torch.tensor(places, device=device)
-        plan.slot_of = plan.places // plan.num_per_slot
-        plan.has_gains = any(adapter.has_gains for adapter in used)
-        return plan
+            if adapter in slot:
+                number = slot[adapter]
+                place = number * size + filled[number]
+                filled[number] += 1
+                sources[place] = token
+                tokens.append(token)
+                places.append(place)
+        where = torch.tensor(places, device=self.device)
+        has_gains = any(adapter.has_gains for adapter in counts)
+        computed = torch.tensor(sources, device=self.device)
+        return Spread(num_slots, self._tokens(tokens), computed, where, where // size, has_gains)
 
-    def forget(self, adapter: LoadedAdapter) -> None:
-        """Drop the stack's hold on an adapter that is no longer resident."""
-        self.slots = [None if held is adapter else held for held in self.slots]
+    def _tokens(self, numbers: list[int]) -> Tokens:
+        """A slice if they follow one another: it costs no copies."""
+        if numbers[-1] - numbers[0] == len(numbers) - 1:
+            return slice(numbers[0], numbers[-1] + 1)
+        return torch.tensor(numbers, device=self.device)
 
-    def _seat(self, used: list[LoadedAdapter]) -> None:
+    def _seat(self, used: dict[str, LoadedAdapter]) -> None:
         """Give each adapter in use a slot: the one it has, or the first that is not in use."""
-        seated = {adapter for adapter in self.slots if adapter is not None}
-        newcomers = [adapter for adapter in used if adapter not in seated]
-        if not newcomers:
-            return
-        rank = max(self.rank, *(-(-adapter.rank // _RANK_MULTIPLE) * _RANK_MULTIPLE for adapter in newcomers))
-        if rank != self.rank:
-            self.rank, self.slots = rank, [None] * len(self.slots)
-            newcomers = used
-        free = [number for number, held in enumerate(self.slots) if held is None or held not in used]
+        last = max((slot for slot, id in enumerate(self._held) if id in used), default=0)
+        rank = max(self.rank, *(-(-adapter.rank // _RANK_MULTIPLE) * _RANK_MULTIPLE for adapter in used.values()))
+        if rank != self.rank or last > 4 + 2 * len(used):  # all anew; after a rush, so that few take few slots
+            self.rank, self._held = rank, [None] * len(self._held)
+        newcomers = [id for id in used if id not in self._held]
+        free = [slot for slot, id in enumerate(self._held) if id not in used]
         while len(free) < len(newcomers):
-            free.append(len(self.slots))
-            self.slots.append(None)
-        for number, adapter in zip(free, newcomers, strict=False):
-            self.slots[number] = adapter
+            free.append(len(self._held))
+            self._held.append(None)
+        for slot, id in zip(free, newcomers, strict=False):
+            self._held[slot] = id
             for group in self._groups:
-                group.seat(number, len(self.slots), self.rank, adapter)
+                group.seat(slot, rank, used[id])
 
 
 class LinearGroup:
@@ -141,7 +154,7 @@ class LinearGroup:
         self.names, self.in_features, self.out_features = names, in_features, out_features
         self.bias: torch.Tensor | None = None  # [out of all], which a gain spares
         self._stack = stack
-        self._down = self._gain = torch.empty(0)  # [slots, in, members * rank], [slots, out of all]
+        self._down = self._gain = torch.empty(0)  # [slots, members * rank, in], [slots, out of all]
         self._up: list[torch.Tensor] = []  # [slots, rank, out] of each member
         stack.add_group(self)
 
@@ -150,11 +163,10 @@ class LinearGroup:
         """Whether this step has adapters."""
         return not self._stack.plan.is_empty
 
-    def seat(self, slot: int, num_slots: int, rank: int, adapter: LoadedAdapter) -> None:
+    def seat(self, slot: int, rank: int, adapter: LoadedAdapter) -> None:
         """Write an adapter's factors into a slot, zeros where it has none."""
-        like = next(iter(adapter.factors.values())).down
-        if self._down.shape[0] < num_slots or self._down.shape[-1] != rank * len(self.names):
-            self._resize(max(4, 2 * num_slots), rank, like)
+        if slot >= len(self._gain) or self._down.shape[1] != rank * len(self.names):
+            self._resize(max(4, len(self._gain), 2 * slot), rank)
         self._down[slot] = 0
         self._gain[slot] = 1
         for member, name in enumerate(self.names):
@@ -162,17 +174,19 @@ class LinearGroup:
             if (factors := adapter.factors.get(name)) is None:
                 continue
             own = factors.down.shape[1]
-            self._down[slot, :, member * rank : member * rank + own] = factors.down
+            self._down[slot, member * rank : member * rank + own] = factors.down.t()
             self._up[member][slot, :own] = factors.up
             if factors.gain is not None:
                 self._gain[slot, self._columns(member)] = factors.gain
 
-    def _resize(self, num_slots: int, rank: int, like: torch.Tensor) -> None:
-        same_rank = self._down.shape[-1] == rank * len(self.names)
-        old = [self._down, self._gain, *self._up] if same_rank else []
-        self._down = like.new_zeros(num_slots, self.in_features, rank * len(self.names))
-        self._gain = torch.ones(num_slots, sum(self.out_features), device=like.device)
-        self._up = [like.new_zeros(num_slots, rank, size) for size in self.out_features]
+    def _resize(self, num_slots: int, rank: int) -> None:
+        """Zeros where there is no adapter: what is computed in vain must be finite."""
+        has_same_rank = len(self._gain) and self._down.shape[1] == rank * len(self.names)
+        old = [self._down, self._gain, *self._up] if has_same_rank else []
+        dtype, device = self._stack.dtype, self._stack.device
+        self._down = torch.zeros(num_slots, rank * len(self.names), self.in_features, dtype=dtype, device=device)
+        self._gain = torch.ones(num_slots, sum(self.out_features), device=device)
+        self._up = [torch.zeros(num_slots, rank, size, dtype=dtype, device=device) for size in self.out_features]
         for new, kept in zip([self._down, self._gain, *self._up], old, strict=False):
             new[: len(kept)] = kept
 
@@ -183,36 +197,41 @@ class LinearGroup:
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add to y [tokens, out of all], in place, what the step's adapters make of x [tokens, in]."""
         plan = self._stack.plan
-        if plan.tokens is not None:
-            self._adapt_newest(plan, x, y)
-        for tokens, adapter in plan.pieces:
-            for member, name in enumerate(self.names):
-                if (factors := adapter.factors.get(name)) is not None:
-                    own = y[tokens, self._columns(member)]
-                    own += (x[tokens] @ factors.down) @ factors.up
-                    if factors.gain is not None:
-                        bias = 0 if self.bias is None else self.bias[self._columns(member)]
-                        own.copy_((own - bias) * factors.gain + bias)
+        for piece in plan.pieces:
+            self._adapt_piece(piece, x, y)
+        if plan.spread is not None:
+            self._adapt_spread(plan.spread, x, y)
         return y
 
-    def _adapt_newest(self, plan: LoraPlan, x: torch.Tensor, y: torch.Tensor) -> None:
-        assert plan.tokens is not None
-        assert plan.sources is not None
-        assert plan.places is not None
-        assert plan.slot_of is not None
-        rank = self._stack.rank
-        own = x.index_select(0, plan.sources).view(plan.slots, plan.num_per_slot, -1)
-        low = torch.bmm(own, self._down[: plan.slots])
+    def _adapt_piece(self, piece: Piece, x: torch.Tensor, y: torch.Tensor) -> None:
+        x, own = x[piece.tokens], y[piece.tokens]
+        for member, name in enumerate(self.names):
+            if (factors := piece.adapter.factors.get(name)) is not None:
+                columns = own[:, self._columns(member)]
+                columns.addmm_(x @ factors.down, factors.up)
+                if factors.gain is not None:
+                    _scale(columns, factors.gain, None if self.bias is None else self.bias[self._columns(member)])
+        if not isinstance(piece.tokens, slice):
+            y[piece.tokens] = own
+
+    def _adapt_spread(self, spread: Spread, x: torch.Tensor, y: torch.Tensor) -> None:
+        num, rank = spread.num_slots, self._stack.rank
+        own = x.index_select(0, spread.sources).to(self._stack.dtype).view(num, -1, self.in_features)
+        low = torch.bmm(own, self._down[:num].transpose(1, 2))
         parts = [
-            torch.bmm(low[..., member * rank : (member + 1) * rank], up[: plan.slots])
-            for member, up in enumerate(self._up)
+            torch.bmm(low[..., member * rank : (member + 1) * rank], up[:num]) for member, up in enumerate(self._up)
         ]
         found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        y.index_add_(0, plan.tokens, found.flatten(0, 1).index_select(0, plan.places))
-        if plan.has_gains:
-            gain = self._gain.index_select(0, plan.slot_of)
-            bias = 0 if self.bias is None else self.bias
-            y[plan.tokens] = ((y[plan.tokens] - bias) * gain + bias).to(y.dtype)
+        found = found.flatten(0, 1).index_select(0, spread.places).add_(y[spread.tokens])
+        if spread.has_gains:
+            _scale(found, self._gain.index_select(0, spread.slot_of), self.bias)
+        y[spread.tokens] = found.to(y.dtype)
+
+
+def _scale(y: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """y = (y - bias) gain + bias, in place."""
+    shift = 0 if bias is None else bias
+    y.copy_((y - shift) * gain + shift)
 
 
 class LoraLinear(nn.Module):
