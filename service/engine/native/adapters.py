@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from service.engine.native.lora import Factors, Linear, LoadedAdapter
+from service.engine.native.linear import Linear
+from service.engine.native.lora import Factors, LoadedAdapter
 from service.engine.protocol import AdapterMismatch, AdapterRef
 
 PREFIX = "base_model.model."  # of all names in a PEFT file
@@ -72,7 +73,7 @@ def _factors(
 ) -> Factors:
     """The factors of one layer, checked against it, in its dtype and on its device."""
     rank = a.shape[0]
-    out_features, in_features = layer.rows.shape
+    out_features, in_features = layer.shape
     wanted = ((rank, in_features), (out_features, rank))
     if (tuple(a.shape), tuple(b.shape)) != wanted:
         raise AdapterMismatch(
@@ -84,7 +85,7 @@ def _factors(
             f"adapter {ref.id} has magnitudes of shape {tuple(magnitude.shape)} for {name}; "
             f"this base model needs ({out_features},)"
         )
-    scale, like = scale_of(name, rank, config), layer.rows
+    scale, like = scale_of(name, rank, config), layer.like
     gain = None if magnitude is None else gain_of(merged_rows(layer.rows, a, b, scale), magnitude)
     return Factors(a.T.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous(), gain)
 

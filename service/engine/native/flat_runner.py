@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Piece, rounded
 from service.engine.native.fused_layers import fuse
 from service.engine.native.kv_cache import KvCache, Row, StateShape, row_capacity
-from service.engine.native.lora import AdapterStack, LoadedAdapter, attach, linear_layers
+from service.engine.native.linear import fuse_single, linear_layers
+from service.engine.native.lora import AdapterStack, LoadedAdapter
 from service.engine.native.lora import Piece as LoraPiece
 from service.engine.native.prefix_cache import PrefixCache
 from service.engine.native.runner import Feed, context_of
@@ -42,13 +43,12 @@ class FlatRunner:
         self.device = model.device
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_context = context_of(model)
-        self.layers = linear_layers(model) if with_adapters else {}
         self._model = model
         self._stack = AdapterStack(model)
         model.set_attn_implementation(FLAT)
         fuse(model, self._stack)
-        if with_adapters:
-            attach(model, self._stack)
+        fuse_single(model, self._stack)
+        self.layers = linear_layers(model) if with_adapters else {}
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = StateShape(config.num_hidden_layers, num_heads, size, model.dtype, self.device)

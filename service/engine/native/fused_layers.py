@@ -13,35 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from service.engine.native.flat_attention import AttentionPlan
-from service.engine.native.lora import AdapterStack, LinearGroup
+from service.engine.native.linear import FusedLinear
+from service.engine.native.lora import AdapterStack
 
 # Decoder layers of transformers that compute x + o(attention(rope(norm(qkv(norm x))))), then x + down(act(gate) up).
 FUSED = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
-
-
-class _Group(nn.Module):
-    """Linear layers with one input as one product."""
-
-    def __init__(self, layers: list[nn.Linear], names: list[str], stack: AdapterStack) -> None:
-        super().__init__()
-        self.weight = torch.cat([layer.weight for layer in layers]).detach()
-        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).detach()
-        for layer, rows in zip(layers, self.weight.split([layer.out_features for layer in layers]), strict=True):
-            layer.weight.data = rows  # the layer's own memory goes
-        self.lora = LinearGroup(
-            tuple(names), layers[0].in_features, tuple(layer.out_features for layer in layers), stack
-        )
-        self.lora.bias = self.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return self.lora.adapt(x, y) if self.lora.is_adapted else y
-
-    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """residual + forward(x)."""
-        if self.bias is None and not self.lora.is_adapted:
-            return torch.addmm(residual, x, self.weight.t())
-        return residual + self(x)
 
 
 class FusedLayer(nn.Module):
@@ -51,9 +27,9 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
 
-        def group(parent: nn.Module, path: str, *members: str) -> _Group:
+        def group(parent: nn.Module, path: str, *members: str) -> FusedLinear:
             layers = [getattr(parent, member) for member in members]
-            return _Group(layers, [f"{name}.{path}.{member}" for member in members], stack)
+            return FusedLinear(layers, [f"{name}.{path}.{member}" for member in members], stack)
 
         self._qkv = group(attention, "self_attn", "q_proj", "k_proj", "v_proj")
         self._o = group(attention, "self_attn", "o_proj")

@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from service.engine.native import loop_attention
-from service.engine.native.lora import AdapterStack, LoadedAdapter, Piece, attach, linear_layers
+from service.engine.native.linear import fuse_single, linear_layers
+from service.engine.native.lora import AdapterStack, LoadedAdapter, Piece
 from service.engine.native.row_cache import RowCache
 from service.engine.native.runner import Feed, context_of
 
@@ -33,14 +34,13 @@ class LoopRunner:
 
     def __init__(self, model: PreTrainedModel, *, max_rows: int, with_adapters: bool) -> None:
         self.device = model.device
-        self.layers = linear_layers(model) if with_adapters else {}
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_context = context_of(model)
         self._model = model
         self._stack = AdapterStack(model)
         loop_attention.install(model)
-        if with_adapters:
-            attach(model, self._stack)
+        fuse_single(model, self._stack)
+        self.layers = linear_layers(model) if with_adapters else {}
         parameters = inspect.signature(model.forward).parameters
         self._has_positions = "position_ids" in parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 _RANK_MULTIPLE = 8
 
@@ -56,8 +54,8 @@ class Spread(NamedTuple):
 
     num_slots: int  # of the stack, the first ones
     tokens: Tokens
-    sources: torch.Tensor  # int64 [slots * tokens of a slot]: the token that is computed there, any where there is none
-    places: torch.Tensor  # int64 [tokens]: where each token is computed
+    sources: Tokens  # [slots * tokens of a slot]: the token that is computed there, any where there is none
+    places: Tokens  # [tokens]: where each token is computed
     slot_of: torch.Tensor  # int64 [tokens]
     has_gains: bool
 
@@ -86,9 +84,9 @@ class AdapterStack:
         self.plan = LoraPlan()
         self.rank = 0
         self._held: list[str | None] = []  # the id of each slot's adapter
-        self._groups: list[LinearGroup] = []
+        self._groups: list[GroupFactors] = []
 
-    def add_group(self, group: LinearGroup) -> None:
+    def add_group(self, group: GroupFactors) -> None:
         """Let a group's factors be stacked here."""
         self._groups.append(group)
 
@@ -119,14 +117,14 @@ class AdapterStack:
                 sources[place] = token
                 tokens.append(token)
                 places.append(place)
-        where = torch.tensor(places, device=self.device)
+        slot_of = torch.tensor(places, device=self.device) // size
         has_gains = any(adapter.has_gains for adapter in counts)
-        computed = torch.tensor(sources, device=self.device)
-        return Spread(num_slots, self._tokens(tokens), computed, where, where // size, has_gains)
+        where = self._tokens(places)
+        return Spread(num_slots, self._tokens(tokens), self._tokens(sources), where, slot_of, has_gains)
 
     def _tokens(self, numbers: list[int]) -> Tokens:
         """A slice if they follow one another: it costs no copies."""
-        if numbers[-1] - numbers[0] == len(numbers) - 1:
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             return slice(numbers[0], numbers[-1] + 1)
         return torch.tensor(numbers, device=self.device)
 
@@ -147,12 +145,19 @@ class AdapterStack:
                 group.seat(slot, rank, used[id])
 
 
-class LinearGroup:
-    """Linear layers, by name, that read the same input and whose outputs lie side by side."""
+class GroupFactors:
+    """The stacked factors of linear layers, by name, that read the same input; their outputs lie side by side."""
 
-    def __init__(self, names: tuple[str, ...], in_features: int, out_features: tuple[int, ...], stack: AdapterStack):
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        in_features: int,
+        out_features: tuple[int, ...],
+        bias: torch.Tensor | None,
+        stack: AdapterStack,
+    ) -> None:
         self.names, self.in_features, self.out_features = names, in_features, out_features
-        self.bias: torch.Tensor | None = None  # [out of all], which a gain spares
+        self._bias = bias  # [out of all], which a gain spares
         self._stack = stack
         self._down = self._gain = torch.empty(0)  # [slots, members * rank, in], [slots, out of all]
         self._up: list[torch.Tensor] = []  # [slots, rank, out] of each member
@@ -210,71 +215,26 @@ class LinearGroup:
                 columns = own[:, self._columns(member)]
                 columns.addmm_(x @ factors.down, factors.up)
                 if factors.gain is not None:
-                    _scale(columns, factors.gain, None if self.bias is None else self.bias[self._columns(member)])
+                    _scale(columns, factors.gain, None if self._bias is None else self._bias[self._columns(member)])
         if not isinstance(piece.tokens, slice):
             y[piece.tokens] = own
 
     def _adapt_spread(self, spread: Spread, x: torch.Tensor, y: torch.Tensor) -> None:
         num, rank = spread.num_slots, self._stack.rank
-        own = x.index_select(0, spread.sources).to(self._stack.dtype).view(num, -1, self.in_features)
+        own = x[spread.sources].to(self._stack.dtype).view(num, -1, self.in_features)
         low = torch.bmm(own, self._down[:num].transpose(1, 2))
         parts = [
             torch.bmm(low[..., member * rank : (member + 1) * rank], up[:num]) for member, up in enumerate(self._up)
         ]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        found = found.flatten(0, 1).index_select(0, spread.places).add_(y[spread.tokens])
+        found = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).flatten(0, 1)[spread.places]
+        adapted = y[spread.tokens].add_(found)
         if spread.has_gains:
-            _scale(found, self._gain.index_select(0, spread.slot_of), self.bias)
-        y[spread.tokens] = found.to(y.dtype)
+            _scale(adapted, self._gain.index_select(0, spread.slot_of), self._bias)
+        if not isinstance(spread.tokens, slice):
+            y[spread.tokens] = adapted
 
 
 def _scale(y: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
     """y = (y - bias) gain + bias, in place."""
     shift = 0 if bias is None else bias
     y.copy_((y - shift) * gain + shift)
-
-
-class LoraLinear(nn.Module):
-    """Stands in for an `nn.Linear` or `Conv1D`, with the same parameters under the same names."""
-
-    def __init__(self, base: nn.Linear | Conv1D, name: str, stack: AdapterStack) -> None:
-        super().__init__()
-        self.weight, self.bias = base.weight, base.bias
-        self._transposed = isinstance(base, Conv1D)
-        out_features, in_features = self.rows().shape
-        self.group = LinearGroup((name,), in_features, (out_features,), stack)
-        self.group.bias = base.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens are counted over all leading dimensions."""
-        y = F.linear(x, self.rows(), self.bias)
-        if self.group.is_adapted:
-            self.group.adapt(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
-        return y
-
-    def rows(self) -> torch.Tensor:
-        """The weight as [out, in]."""
-        return self.weight.T if self._transposed else self.weight
-
-
-def attach(model: nn.Module, stack: AdapterStack) -> None:
-    """Replace every linear layer of a model."""
-    for name, module in list(model.named_modules()):
-        if type(module) in (nn.Linear, Conv1D):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, LoraLinear(module, name, stack))
-
-
-class Linear(NamedTuple):
-    """A linear layer that an adapter may target."""
-
-    rows: torch.Tensor  # [out, in]
-
-
-def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every linear layer of a model that was just loaded, by name."""
-    return {
-        name: Linear(module.weight.T if isinstance(module, Conv1D) else module.weight)
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
-    }

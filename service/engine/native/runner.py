@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from service.engine.native.linear import Linear
 from service.engine.native.logprobs import PromptScores
-from service.engine.native.lora import Linear, LoadedAdapter
+from service.engine.native.lora import LoadedAdapter
 
 _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
 _DEFAULT_CONTEXT = 2048  # for configs that state none
