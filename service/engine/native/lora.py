@@ -93,32 +93,33 @@ class AdapterStack:
     def set_plan(self, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]) -> None:
         """Prepare a step whose first tokens, one for each sequence, use these adapters."""
         self.plan = LoraPlan(list(pieces))
-        counts = Counter(adapter for adapter in newest if adapter is not None)
-        for adapter, count in counts.most_common():
+        used = {adapter.id: adapter for adapter in newest if adapter is not None}
+        counts = Counter(adapter.id for adapter in newest if adapter is not None)
+        for id, count in counts.most_common():
             if len(counts) * count <= 2 * counts.total() + 16:  # slots of equal size waste little
                 break
-            tokens = [token for token, own in enumerate(newest) if own is adapter]
-            self.plan.pieces.append(Piece(self._tokens(tokens), adapter))
-            del counts[adapter]
-        if counts:
-            self.plan.spread = self._spread(newest, counts)
+            tokens = [token for token, adapter in enumerate(newest) if adapter is not None and adapter.id == id]
+            self.plan.pieces.append(Piece(self._tokens(tokens), used.pop(id)))
+            del counts[id]
+        if used:
+            self._seat(used)
+            self.plan.spread = self._spread(newest, used, size=max(counts.values()))
 
-    def _spread(self, newest: Sequence[LoadedAdapter | None], counts: Counter[LoadedAdapter]) -> Spread:
-        self._seat({adapter.id: adapter for adapter in counts})
-        slot = {adapter: self._held.index(adapter.id) for adapter in counts}
-        num_slots, size = 1 + max(slot.values()), max(counts.values())
+    def _spread(self, newest: Sequence[LoadedAdapter | None], used: dict[str, LoadedAdapter], size: int) -> Spread:
+        """The tokens whose adapters are in `used`, at most `size` with each."""
+        slots = {id: self._held.index(id) for id in used}
+        num_slots = 1 + max(slots.values())
         sources, filled = [0] * (num_slots * size), [0] * num_slots
         tokens, places = [], []
         for token, adapter in enumerate(newest):
-            if adapter in slot:
-                number = slot[adapter]
-                place = number * size + filled[number]
-                filled[number] += 1
+            if adapter is not None and (slot := slots.get(adapter.id)) is not None:
+                place = slot * size + filled[slot]
+                filled[slot] += 1
                 sources[place] = token
                 tokens.append(token)
                 places.append(place)
         slot_of = torch.tensor(places, device=self.device) // size
-        has_gains = any(adapter.has_gains for adapter in counts)
+        has_gains = any(adapter.has_gains for adapter in used.values())
         where = self._tokens(places)
         return Spread(num_slots, self._tokens(tokens), self._tokens(sources), where, slot_of, has_gains)
 
