@@ -1,6 +1,6 @@
-"""Which models the native engine can batch, told from their configuration, before anything is loaded. No torch.
+"""Which models the native engine runs adapters on, told from their configuration, before anything is loaded. No torch.
 
-The engine itself looks again when it loads a model (`Runner`); this is for telling somebody before he trains one.
+The engine itself looks again when it loads a model (`native/runner.py`); this is for telling somebody before training.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 # Model types whose layers keep more than keys and values per token (recurrent, convolutional, shared or compressed
-# states). A test compares the list with what transformers would allocate for each of them.
+# states): there each sequence runs by itself, and without adapters. A test compares the list with what transformers
+# would allocate for each of them.
 STATEFUL_MODEL_TYPES = frozenset(
     {
         *("axk2", "bailing_hybrid", "bamba", "deepseek_v32", "dots3_note", "dots3_note_text", "falcon_h1"),
@@ -20,9 +21,9 @@ STATEFUL_MODEL_TYPES = frozenset(
 )
 
 
-def why_not(config: dict[str, Any]) -> str | None:
-    """Why a model with this config.json would be refused; None if nothing speaks against it."""
+def why_no_adapter(config: dict[str, Any]) -> str | None:
+    """Why an adapter on a base with this config.json would be refused; None if nothing speaks against it."""
     model_type = config.get("model_type")
     if model_type in STATEFUL_MODEL_TYPES:
-        return f"{model_type} models keep a state that the engine cannot batch"
+        return f"the engine runs no adapters on {model_type} models; a full fine-tune would be served"
     return None

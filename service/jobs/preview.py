@@ -10,7 +10,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from service.engine.support import why_not
+from service.engine.support import why_no_adapter
 from service.settings import Settings
 from service.store import bases, jobs, metrics, runs
 from service.store.database import Database
@@ -144,7 +144,9 @@ def _serving(settings: Settings, db: Database, spec: TrainSpec, config: Json) ->
     with db.read() as tx:
         base = bases.find(tx, spec.base.id)
     is_encoder = spec.method in ("classification", "embedding")
-    reason = _why_not(settings, [] if base is None else base.capabilities) or (None if is_encoder else why_not(config))
+    reason = _why_not(settings, [] if base is None else base.capabilities)
+    if reason is None and spec.adapter is not None and not is_encoder:
+        reason = why_no_adapter(config)
     if reason is not None:
         return {"can_be_served": False, "deployment": None, "reason": reason}
     if is_encoder or spec.adapter is None:

@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,6 +27,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_ROTARY),
     "mistral-window": MistralConfig(**_ROTARY, sliding_window=9),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=3, n_head=4),
+    "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=8),
     "gpt-neo-window": GPTNeoConfig(
         vocab_size=VOCABULARY,
         max_position_embeddings=128,

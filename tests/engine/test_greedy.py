@@ -61,7 +61,7 @@ async def compare(folder: Path, vocab_size: int, batch_size: int, *, max_prompt:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
-@pytest.mark.parametrize("kind", ["llama", "mistral-window", "gpt2", "gpt-neo-window"])
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "gpt2", "gpt-neo-window", "mamba"])
 async def test_greedy_text_equals_generate(kind: str, batch_size: int, model_folders: dict[str, Path]) -> None:
     """More requests than places and mixed lengths: sequences join and leave in the middle of the others."""
     await compare(model_folders[kind], 256, batch_size, max_prompt=60, num={1: 3, 7: 16, 32: 36}[batch_size])

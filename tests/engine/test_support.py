@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import CONFIG_MAPPING, DynamicCache
 
-from service.engine.support import STATEFUL_MODEL_TYPES, why_not
+from service.engine.support import STATEFUL_MODEL_TYPES, why_no_adapter
 from training.attention import PACKED_MODEL_TYPES
 
 BATCHED = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -17,12 +17,12 @@ def allocated(model_type: str) -> set[str]:
 
 
 @pytest.mark.parametrize("model_type", sorted(PACKED_MODEL_TYPES | {"gpt2", "gpt_neo", "qwen3_moe", "mixtral"}))
-def test_models_of_keys_and_values_are_served(model_type: str) -> None:
+def test_adapters_are_served_on_models_of_keys_and_values(model_type: str) -> None:
     assert allocated(model_type) <= BATCHED
-    assert why_not({"model_type": model_type}) is None
+    assert why_no_adapter({"model_type": model_type}) is None
 
 
 def test_models_with_another_state_are_not() -> None:
     for model_type in STATEFUL_MODEL_TYPES - {"deepseek_v4"}:  # whose default configuration has no cache at all
         assert not allocated(model_type) <= BATCHED, model_type
-    assert "mamba" in (why_not({"model_type": "mamba"}) or "")
+    assert "mamba" in (why_no_adapter({"model_type": "mamba"}) or "")

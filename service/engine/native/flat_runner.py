@@ -35,6 +35,8 @@ _PREFIX_SHARE = 1 / 4  # of the cache, beside it
 class FlatRunner:
     """A decoder and the cache of its sequences."""
 
+    reads_in_pieces = True
+
     def __init__(
         self, model: PreTrainedModel, *, max_rows: int, with_adapters: bool, max_cache_tokens: int | None
     ) -> None:

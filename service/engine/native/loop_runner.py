@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from service.engine.native import loop_attention
 from service.engine.native.linear import fuse_single, linear_layers
@@ -29,8 +29,19 @@ class LoopPlace:
     is_open: bool = True
 
 
+def keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    """Whether that is all that the model's layers keep of each token, so that sequences can be joined in a batch."""
+    cache = DynamicCache(config=model.config)
+    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    model(torch.tensor([[0]], device=model.device), use_cache=True, **{name: cache})
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(isinstance(layer, kinds) and type(layer) in kinds and layer.is_initialized for layer in cache.layers)
+
+
 class LoopRunner:
     """A model and the rows that it continues."""
+
+    reads_in_pieces = True
 
     def __init__(self, model: PreTrainedModel, *, max_rows: int, with_adapters: bool) -> None:
         self.device = model.device
@@ -46,19 +57,6 @@ class LoopRunner:
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._cache = RowCache(max_rows, self.device)
         self._rows: list[LoopPlace] = []  # who sits where in the batch
-        self._check_cache()
-
-    def _check_cache(self) -> None:
-        """ValueError for models whose state is more than keys and values per token (recurrent, shared layers)."""
-        kinds = {type(layer).__name__ for layer in DynamicCache(config=self._model.config).layers}
-        place = LoopPlace()
-        self._read(Feed(place, (0,), None, ends=True))
-        layers = place.cache.layers if place.cache is not None else []
-        plain = all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers)
-        if not plain or not kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
-            raise ValueError(
-                f"{self._model.config.model_type} models keep a state that this engine cannot batch: {kinds}"
-            )
 
     def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> LoopPlace:
         """See Runner; there is always room for as many rows as the scheduler admits."""

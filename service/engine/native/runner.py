@@ -1,7 +1,7 @@
 """What the stepper needs of a model: places for sequences, and forward passes over some tokens of each.
 
-Two runners know how: `FlatRunner` for decoders whose attention goes through transformers' attention interface, and
-`LoopRunner` for all others. Used from the engine's thread only.
+Three runners know how: `FlatRunner` for decoders whose attention goes through transformers' attention interface,
+`LoopRunner` for others that keep keys and values, `SingleRunner` for the rest. Used from the engine's thread only.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Runner(Protocol):
     vocab_size: int
     max_context: int
     layers: dict[str, Linear]  # that adapters may target
+    reads_in_pieces: bool  # whether a prompt may be read piece by piece
 
     def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> Place | None:
         """A place for a sequence that begins so; its `length` says how much of it is known already: nothing if it is to
@@ -92,11 +93,14 @@ def load_runner(
     with_adapters: bool,
     max_cache_tokens: int | None = None,
 ) -> Runner:
-    """The faster of the runners that can run the model. ValueError if none can."""
+    """The fastest of the runners that can run the model."""
     from service.engine.native.flat_runner import FLAT_MODEL_TYPES, FlatRunner
-    from service.engine.native.loop_runner import LoopRunner
+    from service.engine.native.loop_runner import LoopRunner, keeps_keys_and_values
+    from service.engine.native.single_runner import SingleRunner
 
     model = load_model(folder, dtype)
     if model.config.model_type in FLAT_MODEL_TYPES:
         return FlatRunner(model, max_rows=max_rows, with_adapters=with_adapters, max_cache_tokens=max_cache_tokens)
+    if not keeps_keys_and_values(model):
+        return SingleRunner(model)
     return LoopRunner(model, max_rows=max_rows, with_adapters=with_adapters)

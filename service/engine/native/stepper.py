@@ -98,7 +98,8 @@ class Stepper:
         self.num_generated_tokens = 0
         self._pieces = TokenPieces(decoder)
         self._stop_token_ids = stop_token_ids
-        self._scheduler: Scheduler[Sequence] = Scheduler(_Room(runner), max_batch_size, prompt_tokens_per_step)
+        max_prompt_tokens = prompt_tokens_per_step if runner.reads_in_pieces else max_batch_size * self.max_context
+        self._scheduler: Scheduler[Sequence] = Scheduler(_Room(runner), max_batch_size, max_prompt_tokens)
         self._sampled: list[Sequence] = []  # whom the sampler is for
         self._sampler = BatchSampler([], runner.device)
         self._deltas: defaultdict[Stream, list[Delta]] = defaultdict(list)
