@@ -78,16 +78,15 @@ def _newest(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    keys, values = part.pool.states[layer]  # [rows, KV heads, capacity, head size]
-    keys[part.rows, :, part.positions] = key[part.tokens]
-    values[part.rows, :, part.positions] = value[part.tokens]
+    states = part.pool.states[layer]  # [2, rows, KV heads, capacity, head size]
+    states[:, part.rows, :, part.positions] = torch.stack((key[part.tokens], value[part.tokens]), dim=1)
     q = query[part.tokens]
     is_spread = part.num_rows != len(q)
     if is_spread:
         q = q.new_zeros(part.num_rows, *q.shape[1:]).index_copy_(0, part.rows, q)
     if (mask := part.masks.get(window)) is None:
-        mask = part.masks[window] = _newest_mask(part, keys.shape[1], window, q)
-    keys, values = (x[: part.num_rows, :, : part.num_keys] for x in (keys, values))
+        mask = part.masks[window] = _newest_mask(part, states.shape[2], window, q)
+    keys, values = states[:, : part.num_rows, :, : part.num_keys]
     found = _grouped(q[:, :, None], keys, values, mask, scale)
     return found[part.rows, :, 0] if is_spread else found[:, :, 0]
 

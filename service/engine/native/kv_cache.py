@@ -50,7 +50,7 @@ class Pool:
 
     def __init__(self, shape: StateShape, capacity: int) -> None:
         self.capacity = capacity
-        self.rows: list[Row] = []
+        self.rows: list[Row] = []  # the open ones
         self._shape = shape
         self.states = self._allocate(0)
 
@@ -60,11 +60,15 @@ class Pool:
         sizes = (s.num_layers, 2, num_rows, s.num_heads, self.capacity, s.head_size)
         return torch.zeros(sizes, dtype=s.dtype, device=s.device)
 
+    @property
+    def num_rows(self) -> int:
+        """For which there is memory."""
+        return self.states.shape[2]
+
     def add(self) -> Row:
-        """One more row."""
+        """One more row, where there is memory for it."""
         row = Row(self, len(self.rows))
-        if row.number == self.states.shape[2]:
-            self._resize(max(_FEWEST_ROWS, 2 * row.number))
+        assert row.number < self.num_rows
         self.rows.append(row)
         return row
 
@@ -75,12 +79,10 @@ class Pool:
             self.states[:, :, row.number, :, : last.length] = last.states(0, last.length)
             last.number = row.number
             self.rows[row.number] = last
-        if len(self.rows) <= self.states.shape[2] // 4:
-            self._resize(max(_FEWEST_ROWS, self.states.shape[2] // 2) if self.rows else 0)
 
-    def _resize(self, num_rows: int) -> None:
-        states = self._allocate(num_rows)
-        kept = min(num_rows, self.states.shape[2])
+    def resize(self, num_rows: int) -> None:
+        """Take memory for so many rows, at least the open ones."""
+        states, kept = self._allocate(num_rows), len(self.rows)
         states[:, :, :kept] = self.states[:, :, :kept]
         self.states = states
 
@@ -89,15 +91,15 @@ class KvCache:
     """All pools, and the bound on what they hold together."""
 
     def __init__(self, shape: StateShape, max_tokens: int) -> None:
-        """`max_tokens` bounds the capacities of all rows together."""
+        """`max_tokens` bounds the capacities of all rows together, and the memory that is taken for them."""
         self.shape, self.max_tokens = shape, max_tokens
         self.num_held = 0  # tokens for which there is room in open rows
         self._pools: dict[int, Pool] = {}
 
     @property
-    def pools(self) -> list[Pool]:
-        """Those with rows, shortest first."""
-        return [pool for _, pool in sorted(self._pools.items()) if pool.rows]
+    def num_allocated(self) -> int:
+        """Tokens for which there is memory. It is kept for the next sequences until a longer row needs it."""
+        return sum(pool.num_rows * pool.capacity for pool in self._pools.values())
 
     def open(self, num_tokens: int) -> Row | None:
         """A row with room for so many tokens; None when the cache is full."""
@@ -105,7 +107,7 @@ class KvCache:
         if self.num_held + capacity > self.max_tokens:
             return None
         self.num_held += capacity
-        return self._pool(capacity).add()
+        return self._add(capacity)
 
     def grow(self, row: Row, num_tokens: int) -> bool:
         """Make room for so many tokens in all, in a longer row if need be; False when the cache is full."""
@@ -114,7 +116,7 @@ class KvCache:
         capacity = row_capacity(num_tokens)
         if self.num_held + capacity - row.pool.capacity > self.max_tokens:
             return False
-        longer = self._pool(capacity).add()
+        longer = self._add(capacity)
         longer.states(0, row.length).copy_(row.states(0, row.length))
         self.num_held += capacity - row.pool.capacity
         row.pool.remove(row)
@@ -127,10 +129,19 @@ class KvCache:
         self.num_held -= row.pool.capacity
         row.pool.remove(row)
 
-    def _pool(self, capacity: int) -> Pool:
+    def _add(self, capacity: int) -> Row:
         if capacity not in self._pools:
             self._pools[capacity] = Pool(self.shape, capacity)
-        return self._pools[capacity]
+        pool = self._pools[capacity]
+        if len(pool.rows) == pool.num_rows:
+            wanted = max(_FEWEST_ROWS, 2 * pool.num_rows)
+            if self.num_allocated + (wanted - pool.num_rows) * capacity > self.max_tokens:
+                for other in self._pools.values():
+                    if other.num_rows > len(other.rows):
+                        other.resize(len(other.rows))
+            num_free = (self.max_tokens - self.num_allocated) // capacity
+            pool.resize(pool.num_rows + max(1, min(num_free, wanted - pool.num_rows)))
+        return pool.add()
 
 
 def row_capacity(num_tokens: int) -> int:
