@@ -128,7 +128,10 @@ def test_a_rate_that_diverges_fails_the_job_at_once_and_leaves_the_service_alive
     spec = spec_on(base, hyperparameters=hyper, eval_interval=eval_interval, checkpoint_interval=100)
     job = world.tick_to(world.create(world.upload(GOOD_LINES), spec), JobState.FAILED)
     assert job.error is not None
-    assert (job.error["code"], job.error["param"]) == ("loss_not_finite", "hyperparameters.learning_rate")
+    assert (job.error["code"], job.error["param"]) == (
+        "loss_not_finite",
+        "method.supervised.hyperparameters.learning_rate",
+    )
     assert world.run(job).attempt == 1, "nothing that another attempt would mend"
     world.tick_to(world.create(world.upload(GOOD_LINES), spec_on(base)), JobState.SUCCEEDED)
 

@@ -148,9 +148,27 @@ def test_a_rate_that_diverges_ends_with_the_last_good_checkpoint(storage: Storag
     outcome = run(spec, storage, "runs/one", channel, tmp_path)
     assert (outcome.status, outcome.code) == ("failed", "loss_not_finite")
     (failed,) = channel.of(Failed)
-    assert failed.param == "hyperparameters.learning_rate"
+    assert failed.param == "method.supervised.hyperparameters.learning_rate"
     assert f"the step was not applied. The checkpoint of step {outcome.step - 1} is kept" in failed.message
     assert [item.step for item in channel.of(CheckpointSaved)] == [item.step for item in channel.of(StepMetrics)]
+
+
+def test_a_loss_that_rises_far_above_its_start_and_stays_there_ends_the_run(storage: Storage, tmp_path: Path) -> None:
+    """All numbers are finite: a rate far too high for the model drives it away for good."""
+    fields = {"n_epochs": 20, "batch_size": 2, "warmup_ratio": 0.0, "checkpoint_interval": 5}
+    spec = make_spec(storage, make_base(storage), False, learning_rate=3.0, **fields)
+    whole = Recorder()
+    outcome = run(spec, storage, "runs/one", whole, tmp_path)
+    assert (outcome.status, outcome.code) == ("failed", "loss_diverged")
+    (failed,) = whole.of(Failed)
+    assert failed.param == "method.supervised.hyperparameters.learning_rate"
+    first = whole.of(StepMetrics)[0].train_loss
+    assert f"was {first:.4g} at the first step" in failed.message
+
+    stopped = Recorder(Wish.CHECKPOINT_AND_STOP, at_step=outcome.step - 3)
+    run(spec, storage, "runs/two", stopped, tmp_path)
+    resumed = run(spec, storage, "runs/two", Recorder(), tmp_path)
+    assert (resumed.code, resumed.step) == (outcome.code, outcome.step), "a resumed run decides as a whole one"
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_and_makes_no_checkpoint(
