@@ -149,14 +149,13 @@ class _Run:
         base_folder = self.storage.local_folder(self.spec.base.key)
         check_start(self.spec, self.storage)
         try:
-            train, valid = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
+            found = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
         except ExamplesError as error:  # planning refuses these rows before
             text = f"The {error.param} cannot be used: {error}"
             raise Failure(f"invalid_{error.param}", text, error.param) from error
-        if len(train) == 0:
+        self.train_set, self.valid_set = cast(tuple[Examples, Examples | None], found)
+        if len(self.train_set) == 0:
             raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
-        self.train_set: Examples = train
-        self.valid_set: Examples | None = valid
         self.samples = Samples.load(self.spec, self.storage, base_folder)
         start_folder = self.storage.local_folder(self.spec.start.key) if self.spec.start is not None else None
         num_sums = NUM_SUMS + len(self.method.MEANS)
@@ -310,7 +309,7 @@ class _Run:
             curve=self.curve,
             watch=self.watch,
         )
-        report = evaluation and evaluation.report
+        report = evaluation.report if evaluation else None
         manifest_hash = self.checkpoints.save(self.exporter, state, tensors, self.scratch_dir, report)
         self._say_checkpoint(state, manifest_hash)
         for step in self.checkpoints.prune():
