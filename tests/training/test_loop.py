@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.training.runs import BASE_KEY, GPT_NEO, LLAMA, Recorder, make_base, make_spec, write_rows
 from training.artifact import read_manifest, verify
 from training.loop import Outcome, run
+from training.model_shape import ModelShape
 from training.progress import (
     ArtifactWritten,
     CheckpointDeleted,
@@ -122,6 +123,18 @@ def test_cancel_stops_without_a_checkpoint(storage: Storage, tmp_path: Path) -> 
     assert run(spec, storage, "runs/one", channel, tmp_path).wish is Wish.CANCEL
     assert channel.of(Stopped)[0].wish is Wish.CANCEL
     assert not channel.of(CheckpointSaved)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gpt2_is_trained_though_its_layers_are_of_another_kind(storage: Storage, tmp_path: Path, lora: bool) -> None:
+    """Its class is no …ForCausalLM, and its weights lie transposed."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    base = make_base(storage, {"model_type": "gpt2", **sizes})
+    assert "supervised" in ModelShape(storage.local_folder(BASE_KEY)).methods()
+    channel = Recorder()
+    assert run(make_spec(storage, base, lora, n_epochs=3), storage, "runs/one", channel, tmp_path).status == "finished"
+    losses = [item.train_loss for item in channel.of(StepMetrics)]
+    assert losses[-1] < losses[0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(storage: Storage, tmp_path: Path) -> None:
