@@ -117,9 +117,9 @@ def gradient_accumulation_steps(batch_size: int, num_workers: int, mean_tokens: 
     return ceil(per_worker / min(per_micro_batch, per_worker))
 
 
-def eval_interval(total_steps: int) -> int:
-    """About 15 evaluations in a run: enough points for a curve, a small share of the time."""
-    return max(1, ceil(total_steps / 15))
+def eval_interval(total_steps: int, n_evals: int | None = None) -> int:
+    """At most so many evaluations in a run; by default 15: enough points for a curve, a small share of the time."""
+    return max(1, ceil(total_steps / (n_evals or 15)))
 
 
 def checkpoint_interval(total_steps: int) -> int:

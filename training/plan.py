@@ -246,7 +246,7 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
         **auto.method_settings(spec),
         "adapter": adapter,
         "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
-        "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
+        "eval_interval": _or(spec.eval_interval, auto.eval_interval(total, spec.n_evals)),
         "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
     }
     return TrainSpec.model_validate(spec.model_copy(update=changes).model_dump())

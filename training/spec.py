@@ -135,6 +135,7 @@ class TrainSpec(Contract):
     min_workers: PositiveInt | None = None  # an elastic range: a run may have fewer workers, down to this many
     parallel: Literal["data", "fsdp"] = "data"  # a whole model on each worker, or its weights spread over them
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
+    n_evals: PositiveInt | None = None  # evaluations of the whole run, from which a plan finds the interval
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
     sample_prompts: SamplePrompts = ()  # answered after each evaluation interval, to be looked at

@@ -246,6 +246,7 @@ def test_the_rules_of_auto_at_their_edges() -> None:
     assert auto.gradient_accumulation_steps(4, 2, 1e9) == 2
     assert (auto.precision(10**6), auto.precision(10**9)) == ("fp32", "bf16")
     assert (auto.eval_interval(1), auto.checkpoint_interval(1)) == (1, 1)
+    assert [auto.eval_interval(total, 4) for total in (1, 3, 8, 10, 400)] == [1, 1, 2, 3, 100]
 
 
 def test_sharded_weights_take_less_of_each_worker_than_whole_ones(make: Maker) -> None:
