@@ -102,8 +102,7 @@ class _Run:
         self.loss_sums = partial(self.method.loss_sums, spec)
         self.checkpoints = Checkpoints(storage, run_key, spec)
         self.artifact_key = f"{run_key}/artifact"
-        self.step = 0
-        self.num_trained_tokens = 0
+        self.step, self.num_trained_tokens = 0, 0
         self.evaluation: tuple[int, Evaluation] | None = None  # the last one and its step
         self.curve, self.watch = ValidationCurve(), LossWatch()
 
@@ -187,7 +186,8 @@ class _Run:
         """Go on from the last committed checkpoint, if there is one."""
         state = self.checkpoints.restore(self.exporter)
         if state is not None:
-            assert state.total_steps == self.batches.total_steps, "the data changed under a run"
+            if state.total_steps != self.batches.total_steps:
+                raise Failure("data_changed", "The data changed since the last checkpoint: start a new run.")
             self.step, self.num_trained_tokens = state.step, state.num_trained_tokens
             self.curve, self.watch = state.curve, state.watch
             self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy

@@ -66,7 +66,7 @@ class Hyperparameters(Contract):
     adam_beta2: Fraction = 0.999
     max_grad_norm: PositiveFloat = 1.0
     gradient_accumulation_steps: PositiveInt | Auto = AUTO  # micro-batches per optimizer step
-    max_length: PositiveInt | Auto = AUTO  # tokens per example; longer ones are refused by plan, never cut silently
+    max_length: PositiveInt | Auto = AUTO  # tokens per example; plain text is cut, anything else refused
 
 
 class EarlyStopping(Contract):
