@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import make_base, make_spec
+from tests.training.runs import BASE_KEY, make_base, make_spec, write_rows
 from training.__main__ import main
 from training.spec import TrainSpec
 from training.storage import Storage
@@ -49,6 +52,25 @@ def test_workers_that_did_not_start_are_missed(
         assert "asks for 2 workers, and 1 started" in said
         assert "torchrun --nproc-per-node=2" in said
     assert not storage.list_names("runs")
+
+
+def test_the_spec_in_the_readme_is_all_that_a_run_needs(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But for its two workers."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (text,) = re.findall(r"```json\n(\{\"base\": .*)\n```", readme)
+    spec = {**json.loads(text), "num_workers": 1}
+    make_base(storage)
+    shutil.copytree(storage.path(BASE_KEY), storage.path(spec["base"]["key"]))
+    shutil.move(storage.path(write_rows(storage, "files/train")), storage.path(spec["training_key"]))
+    file = Path(storage.path("spec.json"))
+    file.write_text(json.dumps(spec))
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(sys, "argv", ["training", str(file), "--run-dir", "run"])
+    assert main() == 0
+    assert (file.parent / "run/artifact/adapter_model.safetensors").exists()
+    assert "artifact of step" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("lost", ["files/train", "bases/tiny/model.safetensors"])
