@@ -13,7 +13,7 @@ SOURCES = sorted(path for package in ("service", "training") for path in (ROOT /
 
 CONTRACT = {
     *("training.spec", "training.records", "training.progress", "training.artifact", "training.storage"),
-    "training.pooling",
+    *("training.pooling", "training.failure"),
 }
 # Who may use training beyond the contract and the renderer, and what.
 BRIDGES = {

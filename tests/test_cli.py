@@ -137,7 +137,8 @@ def test_train_with_wait_follows_the_job_to_its_model(
 
 def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data: Path, base: str) -> None:
     options = ("--epochs", "7", "--learning-rate", "0.003", "--full", "--validation-file", str(data))
-    options += ("--workers", "1-2")
+    options += ("--workers", "1-2", "--batch-size", "3", "--set", "keep_checkpoints=5", "--set", "n_evals=4")
+    options += ("--set", "hyperparameters.warmup_ratio=0.25", "--set", "metadata.team=red")
     tunesmith("train", str(data), "--base-model", base, *options)
     job = client.fine_tuning.jobs.list(limit=1).data[0]
     assert job.validation_file is not None
@@ -146,7 +147,27 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
     extra = job.model_extra or {}
     assert extra["adapter"] == {"type": "none"}
     assert extra["num_workers"] == {"min": 1, "max": 2}
-    assert job.to_dict()["method"]["supervised"]["hyperparameters"]["learning_rate"] == 0.003  # type: ignore[index]
+    hyper = job.to_dict()["method"]["supervised"]["hyperparameters"]  # type: ignore[index]
+    assert {"learning_rate": 0.003, "batch_size": 3, "warmup_ratio": 0.25}.items() <= hyper.items()
+    assert (extra["keep_checkpoints"], extra["n_evals"], job.metadata) == (5, 4, {"team": "red"})
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        (("--learning-rate", "nan"), 2, "--learning-rate nan"),
+        (("--validation-split", "nan"), 2, "--validation-split"),
+        (("--set", "keep_checkpoints"), 2, "NAME=VALUE"),
+        (("--set", "keep_checkpoints.x=5", "--suffix", "a", "--set", "suffix.y=1"), 1, "suffix has no fields"),
+        (("--set", "colour=red"), 1, "colour"),
+        (("--set", "hyperparameters.warmup_ratio=NaN"), 1, "warmup_ratio"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(
+    tunesmith: Tunesmith, data: Path, base: str, options: tuple[str, ...], exit_code: int, words: str
+) -> None:
+    shown = tunesmith("train", str(data), "--base-model", base, *options, expect=exit_code)
+    assert words in " ".join(shown.output.split())
 
 
 def test_train_learns_from_preferences(tunesmith: Tunesmith, client: OpenAI, base: str, tmp_path: Path) -> None:
@@ -295,6 +316,16 @@ def test_without_any_key_the_command_says_where_it_looked(tunesmith: Tunesmith, 
 
 def test_a_wrong_path_in_the_url_is_explained(tunesmith: Tunesmith, service: tuple[str, str]) -> None:
     assert "/v1" in tunesmith("models", "--url", service[0].removesuffix("/v1"), expect=1).output
+
+
+def test_a_dry_run_with_a_file_that_cannot_be_used_leaves_nothing_behind(
+    tunesmith: Tunesmith, client: OpenAI, data: Path, base: str, tmp_path: Path
+) -> None:
+    before = [file.id for file in client.files.list()]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("no JSON\n")
+    tunesmith("train", str(data), "--base-model", base, "--validation-file", str(bad), "--dry-run", expect=1)
+    assert [file.id for file in client.files.list()] == before
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(

@@ -83,12 +83,23 @@ def main() -> int:
     except (OSError, ValueError) as error:  # a missing file, a faulty spec or data that cannot be trained on
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
-    return _run(spec, storage, run_key)
+    try:
+        return _run(spec, storage, run_key)
+    except (OSError, ValueError) as error:  # files that are not there, workers that are not as many as asked for
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(spec: TrainSpec, storage: Storage, run_key: str) -> int:
     from training import loop
+    from training.parallel import Workers
 
+    num_started = Workers.join().size
+    if not spec.least_workers() <= num_started <= spec.num_workers:
+        raise ValueError(
+            f"the spec asks for {spec.num_workers} workers, and {num_started} started: use torchrun "
+            f"--nproc-per-node={spec.num_workers} -m training, or change num_workers"
+        )
     with tempfile.TemporaryDirectory(prefix="training-") as scratch_dir:
         folder = Path(storage.path(run_key)) if storage.is_local else Path()
         channel = TerminalChannel(folder / "progress.jsonl")

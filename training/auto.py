@@ -109,17 +109,18 @@ def precision(num_parameters: int, method: str = "supervised") -> Literal["fp32"
     return "bf16" if num_parameters >= least else "fp32"
 
 
-def gradient_accumulation_steps(batch_size: int, num_workers: int, mean_tokens: float) -> int:
+def gradient_accumulation_steps(batch_size: int, num_workers: int, mean_tokens: float, method: str) -> int:
     """The fewest micro-batches per step that keep one at about 4,096 tokens: beyond that a device is busy anyway, and
-    activations and logits only cost memory."""
+    activations and logits only cost memory. An embedding's examples need another beside them as a negative."""
     per_worker = ceil(batch_size / num_workers)
-    per_micro_batch = max(1, int(MAX_MICRO_BATCH_TOKENS // max(mean_tokens, 1.0)))
-    return ceil(per_worker / min(per_micro_batch, per_worker))
+    least = 2 if method == "embedding" else 1
+    per_micro_batch = max(least, int(MAX_MICRO_BATCH_TOKENS // max(mean_tokens, 1.0)))
+    return max(1, min(ceil(per_worker / per_micro_batch), per_worker // least))
 
 
-def eval_interval(total_steps: int) -> int:
-    """About 15 evaluations in a run: enough points for a curve, a small share of the time."""
-    return max(1, ceil(total_steps / 15))
+def eval_interval(total_steps: int, n_evals: int | None = None) -> int:
+    """At most so many evaluations in a run; by default 15: enough points for a curve, a small share of the time."""
+    return max(1, ceil(total_steps / (n_evals or 15)))
 
 
 def checkpoint_interval(total_steps: int) -> int:

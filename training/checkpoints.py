@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.artifact import MANIFEST, REPORT_FILE, commit, read_manifest
+from training.divergence import LossWatch
 from training.export import OPTIMIZER_FILE, STATE_FILE, Exporter
 from training.failure import Failure
 from training.spec import Contract, TrainSpec
@@ -33,6 +34,7 @@ class TrainerState(Contract):
     valid_loss: float | None = None
     valid_mean_token_accuracy: float | None = None
     curve: ValidationCurve = ValidationCurve()
+    watch: LossWatch = LossWatch()
 
     def metrics(self) -> dict[str, float | None]:
         """The part that a `CheckpointSaved` item repeats."""

@@ -80,11 +80,12 @@ def parts(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -
     if spec.parallel == "fsdp":
         state = _sharded_state(spec, shape)
     batch_tokens, batch_trained = _largest_micro_batch(spec, shape, tokens, trained)
+    has_a_head = spec.method in ("classification", "embedding")  # no logits over the vocabulary
     return Parts(
         weights=weights,
         state=state,
         activations=batch_tokens * _activation_bytes(spec, shape),
-        logits=batch_trained * shape.vocab_size * _compute_bytes(spec),
+        logits=0 if has_a_head else batch_trained * shape.vocab_size * _compute_bytes(spec),
         kernels=KERNEL_BYTES if spec.precision == "bf16" else 0,
     )
 
@@ -126,9 +127,12 @@ def num_checkpoints(plan: Plan) -> int:
 
 
 def num_kept_checkpoints(plan: Plan) -> int:
-    """How many there are at the most after the run: the last k, and the best."""
-    best = 1 if plan.num_validation_examples else 0
-    return min(plan.spec.keep_checkpoints, num_checkpoints(plan)) + best
+    """How many there are at the most: the last k and the newest, and with validation the best that each knows of."""
+    num_written = num_checkpoints(plan) + 1
+    num_last = min(plan.spec.keep_checkpoints + 1, num_written)
+    if not plan.num_validation_examples:
+        return min(plan.spec.keep_checkpoints, num_checkpoints(plan))
+    return 2 * num_last
 
 
 def disk_bytes(plan: Plan) -> int:

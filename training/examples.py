@@ -23,6 +23,7 @@ from training.records import (
     RecordError,
     RecordKind,
     Sequence,
+    TextRecord,
     iter_records,
     kind_of,
     sequences_of,
@@ -56,6 +57,7 @@ class Row:
 
     sequences: tuple[Example, ...]
     label: int | None = None  # number of its label, with the method classification
+    is_text: bool = False  # plain text, which may be cut anywhere
 
 
 Outcome = Row | str  # or what is wrong with the record
@@ -74,8 +76,9 @@ def load_examples(spec: TrainSpec, storage: Storage, cache_dir: Path | None = No
     """Training and validation examples with columns `input_ids`, `trained` and `lengths`, in the order of the file.
 
     An example is what its record makes a model read: one sequence, or one after the other the two of a preference, the
-    better one first, or the texts of a pair; `lengths` holds the tokens of each. With the method classification, whose
-    labels must be resolved, a column `label` holds the number of each example's label. The Arrow files are written to
+    better one first, or the texts of a pair; `lengths` holds the tokens of each. A plain text longer than allowed
+    becomes several examples. With the method classification, whose labels must be resolved, a column `label` holds the
+    number of each example's label. The Arrow files are written to
     `cache_dir`, or a new temporary folder; give each process its own. Without a validation file, `validation_split` of
     the records is held out, chosen by `seed` alone. ExamplesError if any record cannot be rendered, is longer than
     allowed, is of a kind that the method does not learn from, or has a label that the training file lacks.
@@ -114,15 +117,15 @@ def _write(
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for line, outcome in _rendered(renderer, storage, key, spec):
-            if not isinstance(outcome, str):
+            if not isinstance(outcome, str) and not outcome.is_text:
                 outcome = _fitting(outcome, max_length, spec.method)
             if isinstance(outcome, str):
                 problems.append((line, outcome))
                 if len(problems) == MAX_PROBLEMS:
                     break
                 continue
-            rows.append(outcome)
-            if len(rows) == _ROWS_PER_BATCH:
+            rows += _pieces(outcome, max_length) if outcome.is_text else [outcome]
+            if len(rows) >= _ROWS_PER_BATCH:
                 writer.write_batch(_batch(rows, schema))
                 rows = []
         if rows:
@@ -144,6 +147,17 @@ def _fitting(row: Row, max_length: int, method: str) -> Outcome:
     return row
 
 
+def _pieces(row: Row, max_length: int) -> list[Row]:
+    """A text in pieces of at most so many tokens. The first token of each has nothing before it to predict it from."""
+    (whole,) = row.sequences
+    pieces = []
+    for start in range(0, len(whole.token_ids), max_length):
+        ids, trained = whole.token_ids[start : start + max_length], whole.trained[start : start + max_length]
+        if any(trained[1:]):
+            pieces.append(Row((Example(ids, (False, *trained[1:])),)))
+    return pieces
+
+
 def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = {
         "input_ids": [list(chain.from_iterable(sequence.token_ids for sequence in row.sequences)) for row in rows],
@@ -157,7 +171,7 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
 def _rendered(renderer: Renderer, storage: Storage, key: str, spec: TrainSpec) -> Iterator[tuple[int, Outcome]]:
     """Each line's sequences, or what is wrong with it. A file holds one kind, so a wrong one is told once."""
     labels = {label: number for number, label in enumerate(spec.labels())}
-    lines: list[tuple[int, int, int | None]] = []  # number of a good line, of its sequences, and of its label
+    lines: list[tuple[int, int, int | None, bool]] = []  # of good ones: number, sequences, label, whether plain text
     faults: list[tuple[int, str]] = []
 
     def good(file_records: Iterator[tuple[int, Record | RecordError]]) -> Iterator[Sequence]:
@@ -172,16 +186,16 @@ def _rendered(renderer: Renderer, storage: Storage, key: str, spec: TrainSpec) -
             else:
                 sequences = sequences_of(record)
                 label = labels[record.label] if isinstance(record, ClassificationRecord) else None
-                lines.append((number, len(sequences), label))
+                lines.append((number, len(sequences), label, isinstance(record, TextRecord)))
                 yield from sequences
 
     with storage.open_read(key) as file:
         outcomes = renderer.encode_examples(good(iter_records(file)))
         for position, first in enumerate(outcomes):
-            number, num_sequences, label = lines[position]
+            number, num_sequences, label, is_text = lines[position]
             while faults and faults[0][0] < number:
                 yield faults.pop(0)
-            yield number, _together([first, *islice(outcomes, num_sequences - 1)], label)
+            yield number, _together([first, *islice(outcomes, num_sequences - 1)], label, is_text=is_text)
     yield from faults
 
 
@@ -192,8 +206,8 @@ def _wrong_kind(record: Record, method: str) -> str:
     return f"a {kind} record, and the method {method} learns from {wanted} records; {kind} records need {fitting}"
 
 
-def _together(outcomes: list[Example | RenderError], label: int | None) -> Outcome:
+def _together(outcomes: list[Example | RenderError], label: int | None, *, is_text: bool) -> Outcome:
     for outcome in outcomes:
         if isinstance(outcome, RenderError):
             return outcome.message
-    return Row(tuple(outcome for outcome in outcomes if isinstance(outcome, Example)), label)
+    return Row(tuple(outcome for outcome in outcomes if isinstance(outcome, Example)), label, is_text)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+# What torch's plain RuntimeErrors say when memory is short: on a CPU, from CUDA itself, from its libraries, from C++.
+_SIGNS = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+
 
 class Failure(Exception):
-    """Ends a run with a code and a sentence for the job's owner; `param` names the field to change, if there is one."""
+    """Ends a run with a code and a sentence for the job's owner; `param` names the spec's field to change, if any."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.code, self.message, self.param = code, message, param
+
+    def field_of(self, method: str) -> str | None:
+        """The field as a request to the service names it."""
+        is_hyperparameter = self.param is not None and self.param.startswith("hyperparameters.")
+        return f"method.{method}.{self.param}" if is_hyperparameter else self.param
 
 
 def out_of_memory() -> Failure:
@@ -33,11 +48,10 @@ def not_finite(step: int, what: str, kept: list[int]) -> Failure:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short. On a CPU torch raises a plain RuntimeError for it."""
+    """Whether an error says that memory is short. Often torch raises a plain RuntimeError for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def check_flag(num_workers_out_of_memory: float) -> None:

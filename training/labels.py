@@ -46,6 +46,11 @@ def warnings_of(spec: TrainSpec) -> list[str]:
     assert spec.classification is not None
     counts = dict(zip(spec.labels(), cast(tuple[int, ...], spec.classification.label_counts), strict=True))
     warnings = []
+    if not spec.validates():
+        warnings.append(
+            "There are no validation rows, so the job ends without accuracy, precision and recall, and its "
+            "probabilities are not calibrated: add a validation file or a validation_split."
+        )
     if unseen := [label for label, count in counts.items() if count == 0]:
         texts = "All texts of these labels were held out for validation, so the model cannot learn them"
         warnings.append(f"{texts}: {_listed(unseen)}.")

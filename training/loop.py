@@ -21,6 +21,7 @@ from training.batches import Batches, Examples, MicroBatch, collate
 from training.build import build
 from training.checkpoints import Checkpoints, TrainerState
 from training.classification_metrics import summary
+from training.divergence import LossWatch
 from training.evaluation import Evaluation, evaluate
 from training.examples import ExamplesError, load_examples
 from training.export import Exporter
@@ -83,7 +84,7 @@ def run(spec: TrainSpec, storage: Storage, run_key: str, channel: Channel, scrat
         try:
             outcome = this.go()
         except Failure as failure:
-            reporter.say(Failed, code=failure.code, message=failure.message, param=failure.param)
+            reporter.say(Failed, code=failure.code, message=failure.message, param=failure.field_of(spec.method))
             outcome = Outcome("failed", this.step, code=failure.code, message=failure.message)
     workers.leave()
     return outcome
@@ -101,10 +102,9 @@ class _Run:
         self.loss_sums = partial(self.method.loss_sums, spec)
         self.checkpoints = Checkpoints(storage, run_key, spec)
         self.artifact_key = f"{run_key}/artifact"
-        self.step = 0
-        self.num_trained_tokens = 0
+        self.step, self.num_trained_tokens = 0, 0
         self.evaluation: tuple[int, Evaluation] | None = None  # the last one and its step
-        self.curve = ValidationCurve()
+        self.curve, self.watch = ValidationCurve(), LossWatch()
 
     def go(self) -> Outcome:
         """The whole cycle."""
@@ -148,14 +148,13 @@ class _Run:
         base_folder = self.storage.local_folder(self.spec.base.key)
         check_start(self.spec, self.storage)
         try:
-            train, valid = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
+            found = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
         except ExamplesError as error:  # planning refuses these rows before
             text = f"The {error.param} cannot be used: {error}"
             raise Failure(f"invalid_{error.param}", text, error.param) from error
-        if len(train) == 0:
+        self.train_set, self.valid_set = cast(tuple[Examples, Examples | None], found)
+        if len(self.train_set) == 0:
             raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
-        self.train_set: Examples = train
-        self.valid_set: Examples | None = valid
         self.samples = Samples.load(self.spec, self.storage, base_folder)
         start_folder = self.storage.local_folder(self.spec.start.key) if self.spec.start is not None else None
         num_sums = NUM_SUMS + len(self.method.MEANS)
@@ -165,8 +164,9 @@ class _Run:
     def _prepare_examples(self) -> None:
         """What the method must know of the start weights, before any others are loaded; then the order of steps."""
         spec, hyper = self.spec, self.spec.hyperparameters
-        parts = max(spec.num_workers, self.workers.size) * cast(int, hyper.gradient_accumulation_steps)
-        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)  # also where fewer workers came than asked for
+        num_micro_batches = cast(int, hyper.gradient_accumulation_steps)
+        parts = max(spec.num_workers, self.workers.size) * num_micro_batches  # also where fewer workers came
+        self.micro_batch_size = -(-cast(int, hyper.batch_size) // parts)
         prepared = partial(self.method.prepare, spec, self.model)
         self.train_set = prepared(self.train_set, self.workers, self.micro_batch_size)
         if self.valid_set:
@@ -176,7 +176,7 @@ class _Run:
             batch_size=cast(int, hyper.batch_size),
             n_epochs=cast(int, hyper.n_epochs),
             seed=spec.seed,
-            num_micro_batches=cast(int, hyper.gradient_accumulation_steps),
+            num_micro_batches=num_micro_batches,
             rank=self.workers.rank,
             num_workers=self.workers.size,
             num_shares=spec.num_workers,
@@ -186,8 +186,10 @@ class _Run:
         """Go on from the last committed checkpoint, if there is one."""
         state = self.checkpoints.restore(self.exporter)
         if state is not None:
-            assert state.total_steps == self.batches.total_steps, "the data changed under a run"
-            self.step, self.num_trained_tokens, self.curve = state.step, state.num_trained_tokens, state.curve
+            if state.total_steps != self.batches.total_steps:
+                raise Failure("data_changed", "The data changed since the last checkpoint: start a new run.")
+            self.step, self.num_trained_tokens = state.step, state.num_trained_tokens
+            self.curve, self.watch = state.curve, state.watch
             self.train_loss, self.train_accuracy = state.train_loss, state.train_mean_token_accuracy
             self.reporter.say(Message, text=f"Resumed from the checkpoint of step {state.step}.")
 
@@ -213,8 +215,7 @@ class _Run:
             if not fsdp.can_be_told(error, self.model):
                 raise
             sums[OUT_OF_MEMORY] += 1
-        if self.workers.rank == 0:
-            sums[WISH] += WISHES.index(self.reporter.wish)
+        sums[WISH] += WISHES.index(self.reporter.wish) if self.workers.rank == 0 else 0
         self.trainer.reduce(self.workers)
         *totals, norm = torch.cat([sums, self.trainer.grad_norm()[None]]).tolist()  # the step's only wait for a device
         check_flag(totals[OUT_OF_MEMORY])
@@ -231,11 +232,13 @@ class _Run:
     def _update(self, totals: list[float], norm_sum: float, started: float) -> None:
         """The optimizer step, after looking at what it would do."""
         hyper = self.spec.hyperparameters
-        rate = learning_rate(hyper, self.step, self.batches.total_steps)
-        count, num_tokens = max(totals[COUNT], 1.0), totals[TOKENS]
+        rate, num_tokens = learning_rate(hyper, self.step, self.batches.total_steps), totals[TOKENS]
+        count = max(totals[COUNT], 1.0)
         self.train_loss, self.train_accuracy, norm = totals[LOSS] / count, totals[CORRECT] / count, norm_sum / count
-        what = f"loss {self.train_loss}, gradient norm {norm}, learning rate {rate:.3g}; the step was not applied"
-        self._check_finite(self.train_loss + norm, what)
+        what = f"loss {self.train_loss}, gradient norm {norm}, learning rate {rate:.3g}"
+        self._check_finite(self.train_loss + norm, f"{what}; the step was not applied")
+        self.watch = self.watch.after(self.train_loss)
+        self.watch.check(self.step, self.train_loss, self.checkpoints.committed())
         self.trainer.step(rate, min(1.0, hyper.max_grad_norm / (norm + 1e-6)) / count)
         self.num_trained_tokens += round(num_tokens)
         self.reporter.say(
@@ -262,23 +265,19 @@ class _Run:
         return self.step == self.batches.total_steps or self.step % cast(int, self.spec.eval_interval) == 0
 
     def _sample(self) -> None:
-        """Show what the weights have learnt. The other workers wait at their next sum."""
-        if self.workers.rank != 0:
-            return
-        found = self.samples.generate(self.model)
+        """Show what the weights have learnt; the other workers wait at their next sum."""
+        found = self.samples.generate(self.model) if self.workers.rank == 0 else ()
         if found is None:
             self.reporter.say(Message, level="warn", text=f"No memory is left for samples at step {self.step}.")
-        for prompt, text in found or []:
+        for prompt, text in found or ():
             self.reporter.say(Sample, step=self.step, prompt=prompt, text=text)
 
     def _evaluate(self) -> None:
         """Validate, when there is something to validate on."""
         if not self.valid_set:
             return
-        means, labels = self.method.MEANS, self.spec.labels()
-        result = evaluate(
-            self.model, self.loss_sums, self.valid_set, self.workers, self.micro_batch_size, means, labels
-        )
+        means, labels, size = self.method.MEANS, self.spec.labels(), self.micro_batch_size
+        result = evaluate(self.model, self.loss_sums, self.valid_set, self.workers, size, means, labels)
         self._check_finite(result.loss, f"the validation loss is {result.loss}")
         self.evaluation = (self.step, result)
         self.curve = self.curve.after(self.step, result.loss, self.spec.early_stopping)
@@ -289,7 +288,7 @@ class _Run:
             valid_mean_token_accuracy=result.accuracy,
             means=result.means,
         )
-        if (warning := self.curve.warning(self.step)) is not None:
+        if warning := self.curve.warning(self.step):
             self.reporter.say(Message, level="warn", text=warning)
 
     def _save_checkpoint(self) -> None:
@@ -308,6 +307,7 @@ class _Run:
             valid_loss=evaluation.loss if evaluation else None,
             valid_mean_token_accuracy=evaluation.accuracy if evaluation else None,
             curve=self.curve,
+            watch=self.watch,
         )
         report = evaluation.report if evaluation else None
         manifest_hash = self.checkpoints.save(self.exporter, state, tensors, self.scratch_dir, report)
@@ -332,7 +332,7 @@ class _Run:
         for text in self.curve.endings(self.step, self.batches.total_steps, self.spec.early_stopping):
             self.reporter.say(Message, text=text)
         step = self.step if self.curve.best_step is None else self.curve.best_step
-        if (found := self.checkpoints.report(step)) is not None:
+        if found := self.checkpoints.report(step):
             self.reporter.say(Message, text=summary(found))
         return self._finish(self.checkpoints.promote(step, self.artifact_key, self.step), step)
 

@@ -78,7 +78,7 @@ class ModelShape:
     @property
     def is_causal(self) -> bool:
         """Whether it is a language model that continues a text."""
-        return self.architecture.endswith("ForCausalLM")
+        return self.architecture.endswith(("ForCausalLM", "GPT2LMHeadModel"))
 
     @property
     def is_encoder(self) -> bool:

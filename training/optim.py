@@ -75,6 +75,9 @@ class Trainer:
             if master is not param:
                 param.register_post_accumulate_grad_hook(_move_gradient_to(master.grad))
         self._optimizer = adamw({name: (master, master.ndim) for name, master in self.masters.items()}, hyper)
+        for master in self.masters.values():  # now, so that a lack of memory shows before the first step
+            moments = {part: torch.zeros_like(master, memory_format=torch.preserve_format) for part in MOMENTS}
+            self._optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
 
     def zero(self) -> None:
         """Forget gradients and sums."""

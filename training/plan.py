@@ -22,7 +22,7 @@ from training.failure import Failure
 from training.labels import count_labels, problem_of, warnings_of, with_counts
 from training.model_shape import ModelShape, ShapeError
 from training.plan_checks import PlanError, check_batches, check_method, check_request
-from training.records import ChatRecord, first_record, sequences_of
+from training.records import ChatRecord, TextRecord, first_record, iter_records, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.sample_prompts import PromptError, encode_prompts
 from training.spec import AUTO, Contract, Hyperparameters, TrainSpec
@@ -104,7 +104,8 @@ def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
     with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
         train, validation = _load(spec, storage, Path(scratch))
         num_valid = 0 if validation is None else len(validation)
-        _check_num_examples(len(train) + (num_valid if spec.validation_key is None else 0), num_valid, spec)
+        num_given = len(train) + (num_valid if spec.validation_key is None else 0)
+        _check_num_examples(num_given, num_valid, spec)
         counts, validated = _count(train), _count(validation)
         if spec.classification is not None:
             spec = with_counts(spec, train["label"])
@@ -112,6 +113,7 @@ def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
         else:
             warnings = [] if spec.embedding is not None else _warnings_on_tokens(train, renderer, spec, storage)
     resolved = _resolve(spec, shape, counts)
+    warnings += _warning_on_cuts(resolved, storage, num_given)
     check_batches(resolved)
     hyper = resolved.hyperparameters
     assert hyper.n_epochs != AUTO and hyper.batch_size != AUTO
@@ -201,6 +203,18 @@ def _warnings_on_tokens(examples: Dataset, renderer: Renderer, spec: TrainSpec, 
     return []
 
 
+def _warning_on_cuts(spec: TrainSpec, storage: Storage, num_examples: int) -> list[str]:
+    """How many rows of plain text became how many examples, where some were longer than allowed."""
+    if not isinstance(_first_record(spec, storage), TextRecord):
+        return []
+    with storage.open_read(spec.training_key) as file:
+        num_rows = sum(1 for _ in iter_records(file))
+    if num_examples == num_rows:
+        return []
+    length = spec.hyperparameters.max_length
+    return [f"Texts longer than {length} tokens were cut: {num_rows} rows became {num_examples} examples."]
+
+
 def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:
     """Whether the ids that serving would send before the last answer are those that stand before it in training."""
     if record.messages[-1].weight == 0:
@@ -225,7 +239,7 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
     multiplier = _or(hyper.learning_rate_multiplier, 1.0)
     rate = auto.learning_rate(shape.hidden_size, lora=lora, method=spec.method)
     mean_tokens = counts.num_tokens / counts.num_examples
-    accumulation = auto.gradient_accumulation_steps(batch, spec.num_workers, mean_tokens)
+    accumulation = auto.gradient_accumulation_steps(batch, spec.num_workers, mean_tokens, spec.method)
     resolved = {
         "n_epochs": epochs,
         "batch_size": batch,
@@ -246,7 +260,7 @@ def _resolve(spec: TrainSpec, shape: ModelShape, counts: _Counts) -> TrainSpec:
         **auto.method_settings(spec),
         "adapter": adapter,
         "precision": _or(spec.precision, auto.precision(shape.num_parameters, spec.method)),
-        "eval_interval": _or(spec.eval_interval, auto.eval_interval(total)),
+        "eval_interval": _or(spec.eval_interval, auto.eval_interval(total, spec.n_evals)),
         "checkpoint_interval": _or(spec.checkpoint_interval, auto.checkpoint_interval(total)),
     }
     return TrainSpec.model_validate(spec.model_copy(update=changes).model_dump())

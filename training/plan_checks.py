@@ -21,6 +21,9 @@ class PlanError(ValueError):
         return self.message
 
 
+_WITHOUT_ADAPTERS = frozenset({"mamba", "mamba2", "falcon_mamba"})
+
+
 def hyper_field(spec: TrainSpec) -> str:
     """Where the hyperparameters stand in a request."""
     return f"method.{spec.method}.hyperparameters"
@@ -76,6 +79,9 @@ def check_request(spec: TrainSpec, shape: ModelShape) -> None:
 
 
 def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
+    if shape.model_type in _WITHOUT_ADAPTERS:
+        message = f"The code of {shape.model_type} models reads weights past their layers: train all weights instead."
+        raise PlanError("invalid_value", message, "adapter")
     if adapter.rank != AUTO and adapter.rank > shape.hidden_size:
         message = f"LoRA rank {adapter.rank} is more than the model's width of {shape.hidden_size}."
         raise PlanError("invalid_value", message, "adapter.rank")

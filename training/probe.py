@@ -128,7 +128,9 @@ class _Steps:
 
     def step_s(self, num_threads: int) -> float:
         """Seconds of a step as far as this process had its CPUs: others that want them now may be gone by then."""
-        seconds = [step.num_trained_tokens / step.tokens_per_s for step in self.steps[1:]]
+        seconds = [step.num_trained_tokens / step.tokens_per_s for step in self.steps[1:] if step.tokens_per_s]
+        if not seconds:
+            sys.exit("its rows have no token to learn from")
         (start, cpu_start), (end, cpu_end) = self._clocks[0], self._clocks[-1]
         share = (cpu_end - cpu_start) / (end - start) / num_threads if end > start else 1.0
         return sum(seconds) / len(seconds) * min(1.0, share)

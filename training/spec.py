@@ -66,7 +66,7 @@ class Hyperparameters(Contract):
     adam_beta2: Fraction = 0.999
     max_grad_norm: PositiveFloat = 1.0
     gradient_accumulation_steps: PositiveInt | Auto = AUTO  # micro-batches per optimizer step
-    max_length: PositiveInt | Auto = AUTO  # tokens per example; longer ones are refused by plan, never cut silently
+    max_length: PositiveInt | Auto = AUTO  # tokens per example; plain text is cut, anything else refused
 
 
 class EarlyStopping(Contract):
@@ -135,6 +135,7 @@ class TrainSpec(Contract):
     min_workers: PositiveInt | None = None  # an elastic range: a run may have fewer workers, down to this many
     parallel: Literal["data", "fsdp"] = "data"  # a whole model on each worker, or its weights spread over them
     eval_interval: PositiveInt | Auto = AUTO  # optimizer steps between evaluations
+    n_evals: PositiveInt | None = None  # evaluations of the whole run, from which a plan finds the interval
     checkpoint_interval: PositiveInt | Auto = AUTO  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # the last k stay, and always the best; others are deleted
     sample_prompts: SamplePrompts = ()  # answered after each evaluation interval, to be looked at

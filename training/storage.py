@@ -6,6 +6,8 @@ Nothing depends on rename or append. A folder counts only once `manifest.json`, 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -88,14 +90,25 @@ class Storage:
                     shutil.copyfileobj(source, sink, 1 << 20)
 
     def local_folder(self, key: str) -> Path:
-        """A local path with the folder's content: the folder itself on local storage, a cached copy otherwise."""
+        """A local path with the committed folder's content: the folder itself on local storage, a copy otherwise.
+
+        Copies are named by the store and the manifest, so one is never stale, nor of another store; processes that
+        fetch the same folder at once end with one complete copy.
+        """
         if self.is_local:
             return Path(self.path(key))
-        cache = Path(self._cache_dir or tempfile.gettempdir()) / "tunesmith-cache" / key
-        if not (cache / "manifest.json").exists():
-            staging = Path(tempfile.mkdtemp(prefix="fetch-"))
-            self.fs.get(self.path(key) + "/", str(staging) + "/", recursive=True)
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(cache, ignore_errors=True)
-            shutil.move(str(staging), cache)
-        return cache
+        manifest = self.read_bytes(f"{key}/manifest.json")
+        name = hashlib.sha256(self.url.encode() + b"\0" + manifest).hexdigest()[:32]
+        copy = Path(self._cache_dir or tempfile.gettempdir()) / f"tunesmith-cache-{os.getuid()}" / name
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            staging = Path(tempfile.mkdtemp(prefix="fetch-", dir=copy.parent))
+            files = self.fs.find(self.path(key))
+            self.fs.get(files, [str(staging / name[len(self.path(key)) + 1 :]) for name in files])
+            try:
+                staging.rename(copy)
+            except OSError:  # another process was quicker
+                shutil.rmtree(staging)
+                if not copy.exists():
+                    raise
+        return copy

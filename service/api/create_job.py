@@ -112,7 +112,9 @@ def build_spec(tx: Session, platform: Platform, who: Caller, body: CreateJob) ->
         min_workers=min_workers,
         parallel=body.parallel,
         eval_interval=body.eval_interval,
+        n_evals=body.n_evals,
         checkpoint_interval=body.checkpoint_interval,
+        keep_checkpoints=body.keep_checkpoints,
         sample_prompts=body.sample_prompts,
         early_stopping=EarlyStopping(**body.early_stopping.model_dump()) if body.early_stopping else None,
     )
@@ -133,6 +135,11 @@ def _check_combinations(body: CreateJob, chosen: Hyperparameters, max_workers: i
         raise InvalidRequest(
             "'early_stopping' watches the validation loss; give a 'validation_file' or a 'validation_split' with it.",
             param="early_stopping",
+        )
+    if body.n_evals is not None and body.eval_interval != AUTO:
+        raise InvalidRequest(
+            "'n_evals' spreads so many evaluations over the run, 'eval_interval' is the steps between two; give one.",
+            param="n_evals",
         )
     min_workers, num_workers = body.workers()
     if num_workers > max_workers:

@@ -254,7 +254,9 @@ class CreateJob(Wire):
         tuple[Annotated[Text, Field(min_length=1, max_length=2000)], ...], Field(strict=False, max_length=8)
     ] = ()
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
+    n_evals: Annotated[int, Field(ge=1, le=1000)] | None = None
     checkpoint_interval: Annotated[int, Field(ge=1, le=10**9)] | Auto = AUTO
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 3
     sweep: Sweep | None = None
 
     @property

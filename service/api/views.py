@@ -18,7 +18,9 @@ RESOLVED_FIELDS = (
     "validation_split",
     "early_stopping",
     "eval_interval",
+    "n_evals",
     "checkpoint_interval",
+    "keep_checkpoints",
 )
 
 Json = dict[str, Any]
@@ -65,7 +67,9 @@ def job_json(job: Job, organization: str, trials: Sequence[Job] = ()) -> Json:
         "sample_prompts": job.spec.get("sample_prompts", []),
         "precision": job.spec["precision"],
         "eval_interval": job.spec["eval_interval"],
+        "n_evals": job.spec.get("n_evals"),  # jobs of an earlier version have none
         "checkpoint_interval": job.spec["checkpoint_interval"],
+        "keep_checkpoints": job.spec["keep_checkpoints"],
         "priority": job.priority,
         "plan": job.plan,
         "desired": job.desired,

@@ -6,6 +6,7 @@ nor Ray, which would make `--help` slow: each command imports what it needs.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -93,7 +94,17 @@ def train(
         list[str] | None, typer.Option(help="A prompt to answer at each evaluation; may be repeated.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, max=50, show_default="auto")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=256, show_default="auto")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Absolute.", show_default="auto")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other field of the request, such as keep_checkpoints=5, adapter.dropout=0.1 or "
+            "hyperparameters.warmup_ratio=0.1; may be repeated.",
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, max=512, help="LoRA rank.", show_default="auto")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale LoRA by the root of its rank.")] = False,
@@ -124,6 +135,7 @@ def train(
     from service.cli import jobs, sweeps
     from service.cli.client import connected
 
+    _check_finite(learning_rate=learning_rate, beta=beta)
     chosen = {"rank": rank, "rslora": rslora or None, "dora": dora or None}
     adapter = {name: value for name, value in chosen.items() if value is not None}
     if full and adapter:
@@ -144,7 +156,17 @@ def train(
         num_workers = jobs.parse_workers(workers)
     except ValueError:
         raise typer.BadParameter(f"--workers {workers}: give a number such as 2, or a range such as 1-4.") from None
-    hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "beta": beta, "loss_type": loss_type}
+    try:
+        fields = jobs.parse_fields(set_ or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    hyperparameters = {
+        "n_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "beta": beta,
+        "loss_type": loss_type,
+    }
     wishes = jobs.TrainWishes(
         base_model,
         method,
@@ -157,6 +179,7 @@ def train(
         patience=patience,
         sample_prompts=sample,
         sweep=searched,
+        fields=fields,
     )
     with connected(url, key) as client:
         if dry_run:
@@ -311,6 +334,13 @@ def delete_alias(name: str, url: Url = DEFAULT_URL, key: Key = "") -> None:
 
     with connected(url, key) as client:
         registry.delete_alias(client, name)
+
+
+def _check_finite(**options: float | None) -> None:
+    """Typer takes "nan" and "inf" for numbers where there is no bound."""
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {value}: give a finite number.")
 
 
 def main() -> None:

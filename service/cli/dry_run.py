@@ -19,10 +19,11 @@ from service.cli.jobs import TrainWishes, upload
 
 def show_plan(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes) -> None:
     """Upload, ask for the plan, show it, clean up. A job that cannot work ends the command with its error."""
-    files = [upload(client, data)]
+    files: list[str] = []
     try:
-        if validation is not None:
-            files.append(upload(client, validation))
+        for path in (data, validation):
+            if path is not None:
+                upload(client, path, note=files.append)
         with console.status("Planning …"):
             body = wishes.body(files[0], files[1] if validation is not None else None)
             plan = post(client, "/fine_tuning/jobs/validate", body)

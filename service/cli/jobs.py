@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class TrainWishes:
     patience: int | None = None
     sample_prompts: list[str] | None = None
     sweep: dict[str, Any] | None = None
+    fields: dict[tuple[str, ...], Any] = field(default_factory=dict)  # of the request, by path
 
     def body(self, training_file: str, validation_file: str | None) -> dict[str, Any]:
         """The create request."""
@@ -61,13 +62,37 @@ class TrainWishes:
             "sample_prompts": self.sample_prompts,
             "sweep": self.sweep,
         }
-        return body | {name: value for name, value in extra.items() if value is not None}
+        body |= {name: value for name, value in extra.items() if value is not None}
+        for (*path, name), value in self.fields.items():
+            place = body["method"][self.method] if path[:1] == ["hyperparameters"] else body
+            for part in path:
+                place = place.setdefault(part, {})
+                if not isinstance(place, dict):
+                    fail(f"--set {'.'.join((*path, name))}: {part} has no fields.")
+            place[name] = value
+        return body
 
 
 def parse_workers(option: str) -> int | dict[str, int]:
     """`--workers` as the request's `num_workers`; ValueError if it is neither a number nor a range."""
     least, dash, most = option.partition("-")
     return {"min": int(least), "max": int(most)} if dash else int(option)
+
+
+def parse_fields(options: list[str]) -> dict[tuple[str, ...], Any]:
+    """Each `--set` as a path into the request, whose `hyperparameters` are the method's, and a value: JSON, or else a
+    text. ValueError if it is neither."""
+    fields = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        path = tuple(name.split("."))
+        if not equals or not all(path):
+            raise ValueError(f"--set {option}: give NAME=VALUE, such as keep_checkpoints=5.")
+        try:
+            fields[path] = json.loads(text, parse_constant=str)  # NaN is no JSON
+        except ValueError:
+            fields[path] = text
+    return fields
 
 
 def train(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes, *, wait: bool) -> int:
@@ -82,13 +107,15 @@ def train(client: openai.OpenAI, data: Path, validation: Path | None, wishes: Tr
     return 0
 
 
-def upload(client: openai.OpenAI, path: Path) -> str:
-    """Upload a file with a progress bar and wait for its validation; ends with the first faults if it is bad."""
+def upload(client: openai.OpenAI, path: Path, note: Callable[[str], None] = lambda file_id: None) -> str:
+    """Upload a file with a progress bar and wait for its validation; ends with the first faults if it is bad. `note` is
+    told the file's id as soon as there is one."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), console=console
     )
     with bar, bar.open(path, "rb", description=f"Uploading {path.name}") as file:
         made = client.files.create(file=(path.name, file), purpose="fine-tune")
+    note(made.id)
     with console.status("Checking the rows …"):
         client.files.wait_for_processing(made.id, poll_interval=VALIDATION_POLL_S)
     state = get(client, f"/files/{made.id}")

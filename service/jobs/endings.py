@@ -13,6 +13,7 @@ from service.jobs.correction import for_less_memory
 from service.jobs.states import Desired, JobKind, JobState
 from service.store import checkpoints, events, jobs, runs
 from service.store.tables import Job, Run
+from training.failure import Failure, out_of_memory
 
 OUT_OF_MEMORY = "out_of_memory"  # the code of training's failure
 LIVE = {JobState.RUNNING, JobState.PAUSING}
@@ -52,7 +53,7 @@ def failed(tx: Session, run: Run, *, code: str, message: str, param: str | None 
     return True
 
 
-def lost(tx: Session, run: Run, *, reason: str, max_attempts: int) -> bool:
+def lost(tx: Session, run: Run, *, reason: str, max_attempts: int, lacks_memory: bool = False) -> bool:
     """The run crashed or vanished: the job continues from its last checkpoint, unless it has crashed too often."""
     if not runs.end(tx, run.id, "lost", {"code": "lost", "message": reason, "param": None}):
         return False
@@ -63,7 +64,9 @@ def lost(tx: Session, run: Run, *, reason: str, max_attempts: int) -> bool:
         job = _leave(tx, job, JobState.PAUSED)
         events.add(tx, job, f"{reason}; the job was paused and will continue {where_from(tx, job)}", level="warn")
     elif _num_fruitless(tx, run) >= max_attempts:
-        fail_job(tx, job, code="crashed", message=f"The run crashed {max_attempts} times. Last reason: {reason}")
+        message = f"The run crashed {max_attempts} times. Last reason: {reason}"
+        failure = out_of_memory() if lacks_memory else Failure("crashed", message)
+        fail_job(tx, job, code=failure.code, message=failure.message, param=failure.field_of(job.method))
     else:
         job = _leave(tx, job, JobState.QUEUED)
         events.add(tx, job, f"{reason}; continuing {where_from(tx, job)}", level="warn")

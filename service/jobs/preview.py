@@ -44,7 +44,7 @@ def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec,
     patience_s = max(1.0, settings.validate_timeout_s - MARGIN_S - render_s)
     rate, basis = _tokens_per_s(settings, db, storage, made, project_id, patience_s)
     shape = ModelShape(storage.local_folder(spec.base.key))
-    free_bytes = shutil.disk_usage(storage.path(spec.base.key)).free if storage.is_local else None
+    free_bytes = _free_bytes(storage)
     num_kept, num_bytes = estimate.num_kept_checkpoints(made), estimate.disk_bytes(made)
     return {
         "plan": {
@@ -58,21 +58,28 @@ def preview(settings: Settings, db: Database, storage: Storage, spec: TrainSpec,
                 "total_bytes": num_bytes,
                 "free_bytes": free_bytes,
             },
-            "warnings": [*made.warnings, *_shortages(settings, made, num_bytes, free_bytes)],
+            "warnings": [*made.warnings, *shortages(settings, storage, made)],
             "serving": _serving(settings, db, spec, shape.config),
         }
     }
 
 
-def _shortages(settings: Settings, made: Plan, disk_bytes: int, free_bytes: int | None) -> list[str]:
+def shortages(settings: Settings, storage: Storage, made: Plan) -> list[str]:
     """What this machine does not have, as far as the run must be here."""
-    found = []
+    from training.estimate import disk_bytes as left_by
+
+    found, disk_bytes, free_bytes = [], left_by(made), _free_bytes(storage)
     if free_bytes is not None and disk_bytes > free_bytes:
         found.append(f"The run leaves {_gb(disk_bytes)} in storage, and {_gb(free_bytes)} are free.")
     needed, memory = made.peak_memory_bytes * made.spec.num_workers, _machine_memory()
     if settings.is_single_node and not settings.train_num_gpus and needed > memory:
         found.append(f"The run needs about {_gb(needed)} of memory, and this machine has {_gb(memory)}.")
     return found
+
+
+def _free_bytes(storage: Storage) -> int | None:
+    """On the disk of the storage; None where that is no disk of this machine."""
+    return shutil.disk_usage(storage.path("x").rpartition("/")[0]).free if storage.is_local else None
 
 
 def _machine_memory() -> int:
@@ -122,6 +129,7 @@ def _of_earlier_job(settings: Settings, db: Database, spec: TrainSpec) -> tuple[
                 * step.data["num_trained_tokens"]
                 / step.data["tokens_per_s"]
                 for step in steps
+                if step.data["tokens_per_s"]
             )
             n_epochs = done.hyperparameters.n_epochs
             if len(steps) < MIN_STEPS or not seconds or n_epochs == AUTO:

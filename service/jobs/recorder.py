@@ -123,10 +123,11 @@ class RunRecorder:
         """The run's job, after a proof that the run still counts; RunLost otherwise."""
         return jobs.by_id(tx, runs.hold(tx, self.run_id, self._epoch).job_id)
 
-    def crashed(self, reason: str, max_attempts: int) -> None:
+    def crashed(self, reason: str, max_attempts: int, *, lacks_memory: bool = False) -> None:
         """The attempt broke down without an ending of its own."""
         with self._lock, self._db.write() as tx:
-            endings.lost(tx, runs.hold(tx, self.run_id, self._epoch), reason=reason, max_attempts=max_attempts)
+            run = runs.hold(tx, self.run_id, self._epoch)
+            endings.lost(tx, run, reason=reason, max_attempts=max_attempts, lacks_memory=lacks_memory)
         self.over.set()
 
     def requeue(self) -> None:

@@ -7,6 +7,7 @@ a thread.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from service.jobs.publish import find_leftover, run_key
 from service.jobs.recorder import RunRecorder
 from service.jobs.states import JobKind
 from service.jobs.sweep_driver import SweepDriver
-from service.logs import job_id
+from service.logs import job_id, redact
 from service.metrics import Metrics
 from service.settings import Settings
 from service.store import checkpoints, jobs
@@ -31,6 +32,8 @@ from training.storage import Storage
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
+# How Ray says that its memory monitor ended a worker. Its words for any other death name "OOM" as a possible cause too.
+_SAYS_MEMORY = re.compile(r"out of memory|low on memory|memory pressure|OutOfMemoryError")
 
 
 class Fit(Protocol):
@@ -67,15 +70,16 @@ class RunDriver:
     def _work(self) -> None:
         try:
             self._attempt()
-            reason = "The training ended without a result"
+            reason, lacks_memory = "The training ended without a result", False
         except RunLost:
             log.warning("run %s was ended by the orchestrator", self._run.id)
             return
         except Exception as error:  # process edge: the checkpoint is kept and the job continues from it
             reason = f"The worker crashed ({last_line(error)})"
+            lacks_memory = _SAYS_MEMORY.search(str(error)) is not None
             if not self.recorder.over.is_set():
                 log.exception("run %s crashed", self._run.id)
-        self._settle(reason)
+        self._settle(reason, lacks_memory=lacks_memory)
 
     def _attempt(self) -> None:
         self.recorder.forget_missing_checkpoints()
@@ -103,14 +107,14 @@ class RunDriver:
         """
         folder = f"{run_key(self._run.job_id)}/checkpoints"
         for name in self._storage.list_names(folder):
-            if recorded is None or f"{folder}/{name}" > recorded.storage_key:
+            if recorded is None or int(name.removeprefix("step-")) > recorded.step:
                 self._storage.delete(f"{folder}/{name}")
 
-    def _settle(self, reason: str) -> None:
+    def _settle(self, reason: str, *, lacks_memory: bool) -> None:
         if self.recorder.over.is_set() or self.recorder.lost.is_set():
             return
         try:
-            self.recorder.crashed(reason, self._settings.max_attempts)
+            self.recorder.crashed(reason, self._settings.max_attempts, lacks_memory=lacks_memory)
         except RunLost:
             log.warning("run %s was ended by the orchestrator", self._run.id)
 
@@ -138,6 +142,6 @@ class RunDriver:
 
 
 def last_line(error: BaseException) -> str:
-    """What a user may read of an error: its last line, without a traceback or endless detail."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """What a user may read of an error: its last line, without a traceback, secrets or endless detail."""
+    lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

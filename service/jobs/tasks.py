@@ -54,6 +54,7 @@ def validate_file(bench: Workbench, payload: dict[str, Any]) -> None:
 
 def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     """Resolve the job's spec against its data, and queue it; a job that cannot work fails here."""
+    from service.jobs.preview import shortages
     from training.plan import PlanError, plan
 
     with bench.db.read() as tx:
@@ -71,6 +72,7 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
             param = field_to_change(Sweep.model_validate(job.sweep), error.param) if combinations else error.param
             fail_job(tx, job, code=error.code, message=error.message, param=param)
         return
+    lacking = shortages(bench.settings, bench.storage, made)
     numbers = {
         **made.model_dump(mode="json", exclude={"spec"}),
         "model_id": new_model_id(job.base_id, bench.settings.organization, job.suffix),
@@ -83,7 +85,7 @@ def plan_job(bench: Workbench, payload: dict[str, Any]) -> None:
     with _moving(bench.db) as tx:
         expect = {JobState.VALIDATING_FILES}
         moved = jobs.move(tx, job.id, JobState.QUEUED, expect=expect, spec=resolved, plan=numbers)
-        for number, warning in enumerate(made.warnings):
+        for number, warning in enumerate([*made.warnings, *lacking]):
             events.add(tx, moved, warning, level="warn", dedup_key=f"{job.id}:plan-{number}")
         events.add(tx, moved, "Files validated, moving job to queued state", dedup_key=f"{job.id}:queued")
 

@@ -222,6 +222,9 @@ def dpo(**hyperparameters: Any) -> dict[str, Any]:
         ({"early_stopping": {"patience": 2, "metric": "loss"}}, "early_stopping.metric", "unknown_parameter"),
         ({"precision": "fp8"}, "precision", "invalid_value"),
         ({"eval_interval": 0}, "eval_interval", "invalid_value"),
+        ({"n_evals": 0}, "n_evals", "invalid_value"),
+        ({"n_evals": 5, "eval_interval": 2}, "n_evals", "invalid_value"),
+        ({"keep_checkpoints": "3"}, "keep_checkpoints", "invalid_type"),
     ],
 )
 def test_a_bad_field_is_a_400_that_names_it(client: OpenAI, change: dict[str, Any], param: str, code: str) -> None:
@@ -310,7 +313,7 @@ BODIES: dict[str, tuple[str, ...]] = {
     f"POST {JOBS}": (
         *("model", "training_file", "validation_file", "suffix", "seed", "metadata", "integrations", "method"),
         *("hyperparameters", "adapter", "num_workers", "validation_split", "precision", "priority", "eval_interval"),
-        "early_stopping",
+        *("early_stopping", "n_evals", "keep_checkpoints"),
     ),
     "POST /v1/keys": ("name", "scopes", "project_id"),
     "POST /v1/bases": ("id", "source", "revision"),

@@ -32,14 +32,14 @@ class Crash(Exception):
 class CrashAt:
     """Breaks the first runs before a step."""
 
-    def __init__(self, step: int, num_crashes: int = 1) -> None:
-        self.step, self.num_left = step, num_crashes
+    def __init__(self, step: int, num_crashes: int = 1, words: str = "first line\nthe socket was closed") -> None:
+        self.step, self.num_left, self.words = step, num_crashes, words
 
     def __call__(self, step: int) -> None:
         """Called by the rehearsal before each step."""
         if step == self.step and self.num_left:
             self.num_left -= 1
-            raise Crash("first line\nthe socket was closed")
+            raise Crash(self.words)
 
 
 def crashing(build: Build, step: int, num_crashes: int = 1, **choices: Any) -> World:
@@ -109,6 +109,26 @@ def test_a_run_that_crashes_again_and_again_without_progress_fails_the_job(build
     assert job.error["code"] == "crashed"
     assert "the socket was closed" in job.error["message"]
     assert world.run(job).attempt == 1 + world.settings.max_attempts  # the first one got on
+
+
+def test_a_worker_that_ray_ends_for_want_of_memory_says_so_and_what_to_change(build: Build) -> None:
+    """In the words of Ray's memory monitor; those for any other death speak of OOM as one possible cause."""
+    killed = "[Rank 0]\nray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n..."
+    other = "The actor died unexpectedly; there are some potential root causes: (1) killed by SIGKILL by OOM killer"
+    for words, code in ((killed, "out_of_memory"), (other, "crashed")):
+        crash = CrashAt(4, 99, words)
+        world = build(make_fit=lambda storage, crash=crash: Rehearsal(storage, 6, 2, crash))
+        job = world.tick_to(world.queue(), JobState.FAILED)
+        assert job.error is not None
+        assert job.error["code"] == code
+        assert ("suggested_request" in job.error) == (code == "out_of_memory")
+
+
+def test_a_reason_shows_no_secret(build: Build) -> None:
+    crash = CrashAt(4, 1, "cannot read s3://user:pass/word@p@host/x with sk-abcdefghijkl and https://hf_abcdefgh@hub/y")
+    world = build(make_fit=lambda storage: Rehearsal(storage, 6, 2, crash))
+    (text,) = (text for text in world.messages(world.tick_to(world.queue(), JobState.SUCCEEDED)) if "crashed" in text)
+    assert "s3://[redacted]@host/x with [redacted] and https://[redacted]@hub/y" in text
 
 
 def test_a_run_without_a_driver_is_taken_back_and_started_again(build: Build) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -119,6 +120,15 @@ def test_a_job_that_cannot_work_fails_before_it_is_queued(world: World) -> None:
     assert job.started_at is None
 
 
+def test_a_job_that_needs_more_memory_than_there_is_says_so_before_it_starts(world: World) -> None:
+    base = add_base(world, str(MODELS / "stories260K"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    many = memory // 500_000_000 + 1  # each worker is a process of more than that
+    spec = spec_on(base, hyperparameters=Hyperparameters(batch_size=many), num_workers=many)
+    job = world.tick_to(world.create(world.upload(GOOD_LINES), spec), JobState.QUEUED)
+    assert [text for text in world.messages(job) if "this machine has" in text]
+
+
 @pytest.mark.parametrize("eval_interval", [1, 100], ids=["seen-by-validation", "seen-by-training"])
 def test_a_rate_that_diverges_fails_the_job_at_once_and_leaves_the_service_alive(
     world: World, eval_interval: int
@@ -128,7 +138,10 @@ def test_a_rate_that_diverges_fails_the_job_at_once_and_leaves_the_service_alive
     spec = spec_on(base, hyperparameters=hyper, eval_interval=eval_interval, checkpoint_interval=100)
     job = world.tick_to(world.create(world.upload(GOOD_LINES), spec), JobState.FAILED)
     assert job.error is not None
-    assert (job.error["code"], job.error["param"]) == ("loss_not_finite", "hyperparameters.learning_rate")
+    assert (job.error["code"], job.error["param"]) == (
+        "loss_not_finite",
+        "method.supervised.hyperparameters.learning_rate",
+    )
     assert world.run(job).attempt == 1, "nothing that another attempt would mend"
     world.tick_to(world.create(world.upload(GOOD_LINES), spec_on(base)), JobState.SUCCEEDED)
 

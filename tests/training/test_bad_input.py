@@ -66,7 +66,8 @@ def test_more_tokens_than_the_context(storage: Storage) -> None:
 
 
 def test_a_validation_row_longer_than_the_context(storage: Storage) -> None:
-    storage.write_bytes("files/valid", json.dumps({"text": "x" * 200}).encode())
+    long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
+    storage.write_bytes("files/valid", json.dumps(long).encode())
     error = refused(storage, spec_over(storage, [CHAT] * 10, validation_key="files/valid"))
     assert (error.code, error.param) == ("invalid_validation_file", "validation_file")
     assert "line 1: " in error.message

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.training.runs import BASE_KEY, GPT_NEO, LLAMA, Recorder, make_base, make_spec, write_rows
 from training.artifact import read_manifest, verify
 from training.loop import Outcome, run
+from training.model_shape import ModelShape
 from training.progress import (
     ArtifactWritten,
     CheckpointDeleted,
@@ -124,6 +125,18 @@ def test_cancel_stops_without_a_checkpoint(storage: Storage, tmp_path: Path) -> 
     assert not channel.of(CheckpointSaved)
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gpt2_is_trained_though_its_layers_are_of_another_kind(storage: Storage, tmp_path: Path, lora: bool) -> None:
+    """Its class is no …ForCausalLM, and its weights lie transposed."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    base = make_base(storage, {"model_type": "gpt2", **sizes})
+    assert "supervised" in ModelShape(storage.local_folder(BASE_KEY)).methods()
+    channel = Recorder()
+    assert run(make_spec(storage, base, lora, n_epochs=3), storage, "runs/one", channel, tmp_path).status == "finished"
+    losses = [item.train_loss for item in channel.of(StepMetrics)]
+    assert losses[-1] < losses[0]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(storage: Storage, tmp_path: Path) -> None:
     spec = make_spec(storage, make_base(storage))
     run(spec, storage, "runs/one", Recorder(Wish.CHECKPOINT_AND_STOP, at_step=2), tmp_path)
@@ -148,9 +161,27 @@ def test_a_rate_that_diverges_ends_with_the_last_good_checkpoint(storage: Storag
     outcome = run(spec, storage, "runs/one", channel, tmp_path)
     assert (outcome.status, outcome.code) == ("failed", "loss_not_finite")
     (failed,) = channel.of(Failed)
-    assert failed.param == "hyperparameters.learning_rate"
+    assert failed.param == "method.supervised.hyperparameters.learning_rate"
     assert f"the step was not applied. The checkpoint of step {outcome.step - 1} is kept" in failed.message
     assert [item.step for item in channel.of(CheckpointSaved)] == [item.step for item in channel.of(StepMetrics)]
+
+
+def test_a_loss_that_rises_far_above_its_start_and_stays_there_ends_the_run(storage: Storage, tmp_path: Path) -> None:
+    """All numbers are finite: a rate far too high for the model drives it away for good."""
+    fields = {"n_epochs": 20, "batch_size": 2, "warmup_ratio": 0.0, "checkpoint_interval": 5}
+    spec = make_spec(storage, make_base(storage), False, learning_rate=3.0, **fields)
+    whole = Recorder()
+    outcome = run(spec, storage, "runs/one", whole, tmp_path)
+    assert (outcome.status, outcome.code) == ("failed", "loss_diverged")
+    (failed,) = whole.of(Failed)
+    assert failed.param == "method.supervised.hyperparameters.learning_rate"
+    first = whole.of(StepMetrics)[0].train_loss
+    assert f"was {first:.4g} at the first step" in failed.message
+
+    stopped = Recorder(Wish.CHECKPOINT_AND_STOP, at_step=outcome.step - 3)
+    run(spec, storage, "runs/two", stopped, tmp_path)
+    resumed = run(spec, storage, "runs/two", Recorder(), tmp_path)
+    assert (resumed.code, resumed.step) == (outcome.code, outcome.step), "a resumed run decides as a whole one"
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_and_makes_no_checkpoint(

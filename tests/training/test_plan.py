@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +141,31 @@ def test_only_the_first_50_faults_are_told(make: Maker) -> None:
 def test_faults_and_good_lines_keep_their_numbers(make: Maker) -> None:
     lines = [json.dumps(row).encode() for row in texts(600)]
     lines[3], lines[400] = b"not json", b""
-    lines[500] = b'{"text": "' + b"long " * 3000 + b'"}'
+    lines[500] = b'{"text": 5}'
     error = refused(make, make.spec(b"\n".join(lines)))
     assert "line 4: " in error.message
     assert "line 501: " in error.message
-    assert "at most 512 are allowed" in error.message
     assert re.findall(r"line (\d+):", error.message) == ["4", "501"]
 
 
 def test_too_long_examples_are_refused_not_cut(make: Maker) -> None:
-    error = refused(make, make.spec(texts(12), hyper={"max_length": 5}))
+    rows = [{"prompt": f"{i} is", "completion": " a number"} for i in range(12)]
+    error = refused(make, make.spec(rows, hyper={"max_length": 5}))
     assert (error.code, error.param) == ("invalid_training_file", "training_file")
     assert "at most 5 are allowed" in error.message
+
+
+def test_plain_text_is_cut_and_every_token_but_the_first_of_a_piece_is_learned_from(make: Maker) -> None:
+    rows = texts(12)
+    whole, _ = load_examples(make.spec(rows), make.storage)
+    spec = make.spec(rows, hyper={"max_length": 5})
+    cut, _ = load_examples(spec, make.storage)
+    assert max(map(len, cut["input_ids"])) == 5
+    assert list(chain(*cut["input_ids"])) == list(chain(*whole["input_ids"]))
+    assert all(not trained[0] and all(trained[1:]) for trained in cut["trained"])
+    made = plan(spec, make.storage)
+    assert (made.num_examples, made.num_tokens) == (len(cut), sum(map(len, cut["input_ids"])))
+    assert made.warnings[-1] == f"Texts longer than 5 tokens were cut: 12 rows became {len(cut)} examples."
 
 
 @pytest.mark.parametrize(
@@ -242,10 +256,12 @@ def test_the_rules_of_auto_at_their_edges() -> None:
     assert [auto.batch_size(10, workers) for workers in (2, 3, 8)] == [4, 6, 8]
     assert auto.learning_rate(4096, lora=True) == pytest.approx(10 * auto.learning_rate(4096, lora=False))
     assert [auto.learning_rate(1, lora=lora) for lora in (True, False)] == [2e-3, 1e-3]
-    assert auto.gradient_accumulation_steps(32, 1, 1000.0) == 8
-    assert auto.gradient_accumulation_steps(4, 2, 1e9) == 2
+    assert auto.gradient_accumulation_steps(32, 1, 1000.0, "supervised") == 8
+    assert auto.gradient_accumulation_steps(4, 2, 1e9, "supervised") == 2
+    assert auto.gradient_accumulation_steps(64, 1, 1e9, "embedding") == 32, "each example needs another"
     assert (auto.precision(10**6), auto.precision(10**9)) == ("fp32", "bf16")
     assert (auto.eval_interval(1), auto.checkpoint_interval(1)) == (1, 1)
+    assert [auto.eval_interval(total, 4) for total in (1, 3, 8, 10, 400)] == [1, 1, 2, 3, 100]
 
 
 def test_sharded_weights_take_less_of_each_worker_than_whole_ones(make: Maker) -> None:

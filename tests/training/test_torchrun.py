@@ -119,6 +119,23 @@ def test_two_workers_with_pools_of_their_own_resume_to_the_bit(storage: Storage,
     agree(train(storage, elastic, "runs/fewer", num_workers=1), whole)
 
 
+@pytest.mark.parametrize("method", ["dpo", "classification"])
+def test_two_workers_of_other_methods_resume_to_the_bit_too(storage: Storage, method: str) -> None:
+    fields: dict[str, Any] = {"num_workers": 2, "n_epochs": 2, "batch_size": 5, "checkpoint_interval": 2}
+    if method == "dpo":
+        spec = make_dpo_spec(storage, make_base(storage), validation_key="files/pairs", **fields)
+    else:
+        spec = make_labelled_spec(storage, make_encoder(storage), validation_key="files/labelled", **fields)
+    whole = train(storage, spec, "runs/one")
+    last = max(storage.list_names("runs/one/checkpoints"))
+    expected = storage.read_bytes(f"runs/one/checkpoints/{last}/optimizer.safetensors")
+    cut_after(storage, spec, "runs/one", 2)
+    resumed = train(storage, spec, "runs/one")
+    assert resumed[0]["step"] == 3
+    assert resumed == whole[-len(resumed) :]
+    assert storage.read_bytes(f"runs/one/checkpoints/{last}/optimizer.safetensors") == expected
+
+
 def agree(items: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
     """Equal but for the order in which fp32 numbers were added."""
     for ours, theirs in zip(items, others, strict=True):
