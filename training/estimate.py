@@ -127,7 +127,7 @@ def num_checkpoints(plan: Plan) -> int:
 
 
 def num_kept_checkpoints(plan: Plan) -> int:
-    """How many there are at the most after the run: the last k, and with validation the best that each of them knows."""
+    """How many there are at the most after the run: the last k, and with validation the best that each knows of."""
     num_last = min(plan.spec.keep_checkpoints, num_checkpoints(plan))
     return 2 * num_last if plan.num_validation_examples else num_last
 

@@ -90,7 +90,7 @@ def test_the_plan_of_a_job_that_nobody_created(service: tuple[Platform, OpenAI])
     assert "tried on this machine" in seen["time_basis"]
     disk = seen["disk"]
     assert disk["num_kept_checkpoints"] == 6  # the last three, each with a best of its own
-    assert disk["total_bytes"] == 4 * disk["checkpoint_bytes"] + disk["artifact_bytes"] < disk["free_bytes"]
+    assert disk["total_bytes"] == 6 * disk["checkpoint_bytes"] + disk["artifact_bytes"] < disk["free_bytes"]
     assert seen["warnings"] == []
     assert rows_of(platform) == (0, 0)
 
