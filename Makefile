@@ -25,11 +25,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Files of tests side by side, two at a time: each of the processes imports torch.
 test-fast: setup
-	$(BIN)/pytest -m "not ray and not long and not torchrun"
+	$(BIN)/pytest -m "not ray and not long and not torchrun" --numprocesses 2 --dist loadfile
 
-test: lint
-	$(BIN)/pytest -m "not long"
+test: lint test-fast
+	$(BIN)/pytest -m "(ray or torchrun) and not long"
 
 test-long: setup
 	$(BIN)/pytest -m long --timeout 1200

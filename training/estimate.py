@@ -127,12 +127,9 @@ def num_checkpoints(plan: Plan) -> int:
 
 
 def num_kept_checkpoints(plan: Plan) -> int:
-    """How many there are at the most: the last k and the newest, and with validation the best that each knows of."""
-    num_written = num_checkpoints(plan) + 1
-    num_last = min(plan.spec.keep_checkpoints + 1, num_written)
-    if not plan.num_validation_examples:
-        return min(plan.spec.keep_checkpoints, num_checkpoints(plan))
-    return 2 * num_last
+    """How many there are at the most after the run: the last k, and with validation the best that each knows of."""
+    num_last = min(plan.spec.keep_checkpoints, num_checkpoints(plan))
+    return 2 * num_last if plan.num_validation_examples else num_last
 
 
 def disk_bytes(plan: Plan) -> int:
