@@ -25,6 +25,7 @@ _HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "
 _ROTARY = {**_HEADS, "intermediate_size": 48, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_ROTARY),
+    "llama-wide": LlamaConfig(**_ROTARY | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "mistral-window": MistralConfig(**_ROTARY, sliding_window=9),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=3, n_head=4),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=8),

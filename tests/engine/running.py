@@ -10,8 +10,9 @@ from service.engine.admission import EngineFailed
 from service.engine.echo import EchoEngine
 from service.engine.native.engine import NativeEngine
 from service.engine.protocol import AdapterRef, Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from service.engine.vllm import VllmEngine
 
-AnyEngine = EchoEngine | NativeEngine
+AnyEngine = EchoEngine | NativeEngine | VllmEngine
 __all__ = ["Answer", "AnyEngine", "EngineFailed", "ask", "collect", "running"]
 
 

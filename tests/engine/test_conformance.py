@@ -1,8 +1,9 @@
-"""What every engine promises; the echo engine and the native engine pass the same tests."""
+"""What every engine promises; all of them pass the same tests. Those of vLLM run where it is installed: `test_vllm`."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from service.engine.echo import EchoEngine
 from service.engine.native.engine import NativeEngine
 from service.engine.protocol import AdapterMismatch, AdapterRef, QueueFull
+from service.engine.vllm import VllmEngine
 from tests.engine.lora import save_adapter
 from tests.engine.models import byte_tokenizer, load_model
 from tests.engine.running import AnyEngine, EngineFailed, ask, collect, running
@@ -28,18 +30,23 @@ class Maker:
     def __call__(self, **options: Any) -> AnyEngine:
         if self.kind == "echo":
             return EchoEngine(TOKENIZER, **{"max_context": 128, **options})
+        if self.kind == "vllm":
+            return VllmEngine(self.folder, tokenizer=TOKENIZER, **options)
         return NativeEngine(self.folder, tokenizer=TOKENIZER, **options)
 
 
-@pytest.fixture(params=["echo", "native"])
+NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+
+
+@pytest.fixture(params=["echo", "native", pytest.param("vllm", marks=NEEDS_VLLM)])
 def make(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Maker:
-    return Maker(request.param, model_folders["llama"])
+    return Maker(request.param, model_folders["llama-wide"])  # vLLM wants heads of 32 and more
 
 
 @pytest.fixture(scope="module")
 def adapters(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
     root = tmp_path_factory.mktemp("adapters")
-    model = model_folders["llama"]
+    model = model_folders["llama-wide"]
     return [AdapterRef(f"a{i}", save_adapter(load_model(model), root / f"a{i}", seed=i)) for i in range(3)]
 
 
@@ -98,7 +105,8 @@ async def test_logprobs_are_told_when_asked_and_join_with_the_text(make: Maker) 
 @pytest.mark.parametrize("logprobs", [None, 1])
 async def test_echo_sends_the_prompt_first_and_needs_no_new_token(make: Maker, logprobs: int | None) -> None:
     prompt_text = TOKENIZER.decode(PROMPT)
-    async with running(make(max_context=len(PROMPT) + 4)) as engine:
+    options = {"max_resident_adapters": 0} if make.kind == "vllm" else {}  # which scores no prompts beside adapters
+    async with running(make(max_context=len(PROMPT) + 4, **options)) as engine:
         (plain,) = await collect(engine, ask(PROMPT, 4))
         for max_tokens in (0, 4):
             answers = await collect(engine, ask(PROMPT, max_tokens, n=2, echo=True, logprobs=logprobs))
