@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="Seconds that open streams get to finish at shutdown")
 
     engine: Literal["native", "echo"] = Field("native", description="Inference engine; echo answers without a model")
+    vllm_bases: str = Field("", description="Ids of bases, separated by commas, that vLLM serves instead")
     echo_token_interval_ms: float = Field(0.0, ge=0, description="Pause of the echo engine per token, for load tests")
     engine_num_cpus: float = Field(0.5, ge=0, description="CPUs that each engine replica reserves")
     engine_num_gpus: float = Field(0.0, ge=0, description="GPUs that each engine replica reserves")

@@ -72,6 +72,7 @@ class VllmEngine:
         self._max_batch_size = max_batch_size
         self._adapters: Residency[LoRARequest] = Residency(max_resident_adapters, self._add)
         self._numbers = itertools.count(1)
+        self._outboxes: set[asyncio.Queue[list[Delta] | BaseException]] = set()  # of open streams
         self._num_generated = 0
         self._vocab_size: int | None = None
         self._llm: Any = None
@@ -119,16 +120,19 @@ class VllmEngine:
     async def _choices(self, request: GenerateRequest, adapter: LoRARequest | None) -> AsyncGenerator[list[Delta]]:
         """The deltas of all choices, as they come."""
         outbox: asyncio.Queue[list[Delta] | BaseException] = asyncio.Queue()
+        self._outboxes.add(outbox)
         tasks = [asyncio.create_task(self._send(request, index, adapter, outbox)) for index in range(request.n)]
         num_open = request.n
         try:
             while num_open:
                 deltas = await outbox.get()
+                self._check_running()
                 if isinstance(deltas, BaseException):
                     raise EngineFailed(f"vLLM failed: {deltas}") from deltas
                 num_open -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
         finally:
+            self._outboxes.discard(outbox)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # what is left is aborted by then
@@ -223,6 +227,8 @@ class VllmEngine:
     async def stop(self) -> None:
         """End all streams and vLLM's processes."""
         llm, self._llm = self._llm, None
+        for outbox in self._outboxes:
+            outbox.put_nowait(EngineFailed("the engine was stopped"))
         self._adapters.clear()
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)

@@ -212,6 +212,19 @@ def build_engine(settings: Settings, storage: Storage, deployable: Deployable, r
             max_waiting=settings.max_waiting,
             max_resident_adapters=settings.max_resident_adapters,
         )
+    if deployable.base_id in settings.vllm_bases.split(","):
+        from service.engine.vllm import VllmEngine
+
+        return VllmEngine(
+            storage.local_folder(deployable.folder.key),
+            tokenizer=renderer.tokenizer,
+            dtype=settings.engine_dtype,
+            max_batch_size=settings.max_batch_size,
+            max_waiting=settings.max_waiting,
+            max_resident_adapters=settings.max_resident_adapters,
+            num_gpus=int(settings.engine_num_gpus),
+            stop_token_ids=renderer.stop_token_ids,
+        )
     from service.engine.native.engine import NativeEngine
 
     return NativeEngine(

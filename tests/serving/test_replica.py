@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from service.engine.native.engine import NativeEngine
 from service.engine.protocol import Delta
+from service.engine.vllm import VllmEngine
 from service.errors import InvalidRequest, RateLimited, ServiceError
 from service.metrics import Metrics
 from service.serving.messages import Accepted, ChatPrompt, Folder, Refused, ServeRequest, TextPrompt, TokenPrompt
-from service.serving.replica import ReplicaCore
+from service.serving.replica import ReplicaCore, build_engine
 from service.store.instance import DEFAULT_PROJECT
 from tests.serving.conftest import BASE, World
 from tests.serving.world import MAX_CONTEXT, add_base, add_model
 from training.records import ChatMessage
+from training.render import Renderer
 
 
 @pytest_asyncio.fixture
@@ -149,6 +152,16 @@ async def test_a_stopped_engine_makes_the_replica_unhealthy(core: ReplicaCore) -
     await core.engine.stop()
     with pytest.raises(RuntimeError, match="engine"):
         core.check_health()
+
+
+def test_vllm_serves_the_bases_that_are_named(world: World) -> None:
+    target = request(world).target
+    renderer = Renderer.load(world.storage.local_folder(target.deployable.folder.key))
+    kinds = []
+    for bases in ("", f"other,{BASE}"):
+        settings = world.settings.model_copy(update={"engine": "native", "vllm_bases": bases})
+        kinds.append(type(build_engine(settings, world.storage, target.deployable, renderer)))
+    assert kinds == [NativeEngine, VllmEngine]
 
 
 def test_what_travels_survives_pickling(world: World) -> None:
