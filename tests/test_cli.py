@@ -161,6 +161,9 @@ def test_train_passes_every_option_on(tunesmith: Tunesmith, client: OpenAI, data
         (("--set", "keep_checkpoints.x=5", "--suffix", "a", "--set", "suffix.y=1"), 1, "suffix has no fields"),
         (("--set", "colour=red"), 1, "colour"),
         (("--set", "hyperparameters.warmup_ratio=NaN"), 1, "warmup_ratio"),
+        (("--set", "hyperparameters.warmup_ratio=1e999"), 1, "warmup_ratio"),
+        (("--validation-split", "0.2", "--sweep", "learning_rate=1e-3,nan"), 2, "learning_rate=1e-3,nan"),
+        (("--validation-split", "0.2", "--trials", "3", "--sweep", "n_epochs=1..inf"), 2, "n_epochs=1..inf"),
     ],
 )
 def test_an_option_that_cannot_be_is_named(

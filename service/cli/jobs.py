@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -89,10 +90,15 @@ def parse_fields(options: list[str]) -> dict[tuple[str, ...], Any]:
         if not equals or not all(path):
             raise ValueError(f"--set {option}: give NAME=VALUE, such as keep_checkpoints=5.")
         try:
-            fields[path] = json.loads(text, parse_constant=str)  # NaN is no JSON
+            fields[path] = json.loads(text, parse_constant=str, parse_float=_finite)  # NaN is no JSON
         except ValueError:
             fields[path] = text
     return fields
+
+
+def _finite(text: str) -> float | str:
+    """A number of JSON; 1e999, which would be infinite, stays the text that the service refuses by the field's name."""
+    return number if math.isfinite(number := float(text)) else text
 
 
 def train(client: openai.OpenAI, data: Path, validation: Path | None, wishes: TrainWishes, *, wait: bool) -> int:

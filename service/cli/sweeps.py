@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.markup import escape
@@ -35,14 +36,19 @@ def _parameter(option: str) -> tuple[str, Any]:
             return name, {"min": _number(least), "max": _number(most), "log": name == "learning_rate"}
         return name, [_number(value) for value in values.split(",")]
     except ValueError:
-        raise SweepOptionError(f"'{option}': write NAME=VALUE,VALUE or, with --trials, NAME=LEAST..MOST.") from None
+        raise SweepOptionError(
+            f"'{option}': write NAME=VALUE,VALUE or, with --trials, NAME=LEAST..MOST, of finite numbers."
+        ) from None
 
 
 def _number(text: str) -> int | float:
+    """ValueError if it is no finite number."""
     try:
         return int(text)
     except ValueError:
-        return float(text)
+        if math.isfinite(number := float(text)):
+            return number
+        raise
 
 
 def show_trials(sweep: dict[str, Any]) -> None:
