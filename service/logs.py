@@ -12,7 +12,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 # Our keys, bearer headers, Hub tokens, credentials in URLs: all between "://" and the last "@" before a blank or quote.
-_SECRETS = re.compile(r"""sk-[\w-]{8,}|hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^\s"'?#]+(?=@)""")
+_SECRETS = re.compile(r"""sk-[\w-]{8,}|hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^\s"']+(?=@)""")
 
 
 _known: set[str] = set()

@@ -125,10 +125,12 @@ def test_a_worker_that_ray_ends_for_want_of_memory_says_so_and_what_to_change(bu
 
 
 def test_a_reason_shows_no_secret(build: Build) -> None:
-    crash = CrashAt(4, 1, "cannot read s3://user:pass/word@p@host/x with sk-abcdefghijkl and https://hf_abcdefgh@hub/y")
+    words = "cannot read s3://user:pass/word@p@host/x with sk-abcdefghijkl and https://hf_abcdefgh@hub/y"
+    crash = CrashAt(4, 1, f"{words} or postgresql://user:a?b#c@db/app")
     world = build(make_fit=lambda storage: Rehearsal(storage, 6, 2, crash))
     (text,) = (text for text in world.messages(world.tick_to(world.queue(), JobState.SUCCEEDED)) if "crashed" in text)
     assert "s3://[redacted]@host/x with [redacted] and https://[redacted]@hub/y" in text
+    assert "postgresql://[redacted]@db/app" in text, "SQLAlchemy takes a password with ? and # too"
 
 
 def test_a_run_without_a_driver_is_taken_back_and_started_again(build: Build) -> None:
