@@ -36,7 +36,8 @@ def batch_size(num_examples: int, num_workers: int, method: str = "supervised") 
     Not less than 4, because single examples make noisy steps on small data; not more than 32, because LoRA falls
     behind full fine-tuning as batches grow (Schulman et al. 2025, "LoRA Without Regret"). For a classifier, 3 % of the
     data within 8 and 32, the sizes that Devlin et al. 2019 ("BERT") fine-tune with are 16 and 32: one text is one
-    decision, not one for each token. For embeddings 64, because the other examples of a batch are the negatives."""
+    decision, not one for each token. For embeddings 64, because the other examples of a batch are the negatives; each
+    worker gets two, since it looks for negatives among its own."""
     if method == "embedding":
         size = 64
     elif method == "classification":
@@ -44,7 +45,12 @@ def batch_size(num_examples: int, num_workers: int, method: str = "supervised") 
     else:
         size = max(4, min(32, round(0.002 * num_examples)))
     size = max(1, min(size, num_examples // 2))
-    return num_workers * ceil(size / num_workers)
+    return num_workers * max(_least_per_batch(method), ceil(size / num_workers))
+
+
+def _least_per_batch(method: str) -> int:
+    """Examples without which a worker learns nothing: an embedding's needs another one as a negative."""
+    return 2 if method == "embedding" else 1
 
 
 _RATE_SHARES = {"supervised": 1.0, "dpo": 0.1, "classification": 1.0, "embedding": 0.2}
@@ -111,9 +117,9 @@ def precision(num_parameters: int, method: str = "supervised") -> Literal["fp32"
 
 def gradient_accumulation_steps(batch_size: int, num_workers: int, mean_tokens: float, method: str) -> int:
     """The fewest micro-batches per step that keep one at about 4,096 tokens: beyond that a device is busy anyway, and
-    activations and logits only cost memory. An embedding's examples need another beside them as a negative."""
+    activations and logits only cost memory."""
     per_worker = ceil(batch_size / num_workers)
-    least = 2 if method == "embedding" else 1
+    least = _least_per_batch(method)
     per_micro_batch = max(least, int(MAX_MICRO_BATCH_TOKENS // max(mean_tokens, 1.0)))
     return max(1, min(ceil(per_worker / per_micro_batch), per_worker // least))
 

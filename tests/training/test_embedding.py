@@ -280,6 +280,14 @@ def test_a_plan_fills_in_what_is_on_auto(storage: Storage, tmp_path: Path) -> No
     assert made.warnings == []
 
 
+def test_more_workers_than_the_rows_can_feed_are_not_refused_for_a_batch_size_on_auto(
+    storage: Storage, tmp_path: Path
+) -> None:
+    key, base = write_pairs(storage, "files/few", num_rows=10), make_encoder(storage, tmp_path)
+    spec = TrainSpec(base=base, method="embedding", embedding=EmbeddingSpec(), training_key=key, num_workers=8)
+    assert plan(spec, storage).spec.hyperparameters.batch_size == 16
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [

@@ -259,6 +259,8 @@ def test_the_rules_of_auto_at_their_edges() -> None:
     assert auto.gradient_accumulation_steps(32, 1, 1000.0, "supervised") == 8
     assert auto.gradient_accumulation_steps(4, 2, 1e9, "supervised") == 2
     assert auto.gradient_accumulation_steps(64, 1, 1e9, "embedding") == 32, "each example needs another"
+    sizes = [auto.batch_size(10, workers, "embedding") for workers in (1, 2, 4, 8)]
+    assert sizes == [5, 6, 8, 16], "on each worker too"
     assert (auto.precision(10**6), auto.precision(10**9)) == ("fp32", "bf16")
     assert (auto.eval_interval(1), auto.checkpoint_interval(1)) == (1, 1)
     assert [auto.eval_interval(total, 4) for total in (1, 3, 8, 10, 400)] == [1, 1, 2, 3, 100]
