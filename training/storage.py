@@ -103,12 +103,14 @@ class Storage:
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             staging = Path(tempfile.mkdtemp(prefix="fetch-", dir=copy.parent))
-            files = self.fs.find(self.path(key))
-            self.fs.get(files, [str(staging / name[len(self.path(key)) + 1 :]) for name in files])
             try:
+                self.fs.invalidate_cache()  # the manifest is new: so may be files beside it
+                files = self.fs.find(self.path(key))
+                self.fs.get(files, [str(staging / name[len(self.path(key)) + 1 :]) for name in files])
                 staging.rename(copy)
-            except OSError:  # another process was quicker
-                shutil.rmtree(staging)
-                if not copy.exists():
+            except OSError:
+                if not copy.exists():  # else another process was quicker
                     raise
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)  # nothing is there where it became the copy
         return copy

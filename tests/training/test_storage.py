@@ -16,13 +16,23 @@ from training.storage import Storage
 
 
 class Far(DirFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """A store that is not the local one: `memory://` shares one position among all who read a file."""
+    """A store that is not the local one, and remembers what it has listed, as that of S3 does. (`memory://` shares one
+    position among all who read a file.)"""
 
     protocol = "far"
     root = ""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path=self.root, fs=LocalFileSystem(), **options)
+        self._listed: dict[str, list[str]] = {}
+
+    def find(self, path: str, **options: Any) -> list[str]:
+        """All files below."""
+        return self._listed.setdefault(path, super().find(path, **options))
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        """Forget."""
+        self._listed.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +88,24 @@ def test_a_folder_without_a_manifest_is_not_there(cache: Path) -> None:
     storage.write_bytes("bases/one/0", b"half")
     with pytest.raises(FileNotFoundError):
         storage.local_folder("bases/one")
+
+
+def test_files_that_another_process_has_added_since_the_last_listing_come_too(cache: Path) -> None:
+    storage = remote(cache, uuid4().hex)
+    commit(storage, "old", num_files=2)
+    storage.local_folder("bases/one")
+    commit(storage, "new", num_files=5)
+    assert len(list(storage.local_folder("bases/one").iterdir())) == 6
+
+
+def test_a_download_that_breaks_leaves_nothing_and_may_be_tried_again(cache: Path) -> None:
+    storage = remote(cache, uuid4().hex)
+    commit(storage, "weights")
+    torn = Path(Far.root, storage.path("bases/one/torn"))
+    torn.symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError):
+        storage.local_folder("bases/one")
+    (copies,) = cache.iterdir()
+    assert list(copies.iterdir()) == []
+    torn.unlink()
+    assert len(list(storage.local_folder("bases/one").iterdir())) == 21
