@@ -1,13 +1,23 @@
-"""Databases for tests: migrated once, then copied."""
+"""Databases for tests: of SQLite migrated once, then copied; of PostgreSQL where a server is named."""
 
 from __future__ import annotations
 
+import os
+import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
 from service.store import migrate
 from service.store.database import Database
+
+POSTGRES = os.environ.get("TEST_POSTGRES_URL", "")  # a URL whose user may create databases
 
 
 def migrated(url: str) -> Database:
@@ -18,6 +28,23 @@ def migrated(url: str) -> Database:
     else:
         migrate.upgrade(db)
     return db
+
+
+@contextmanager
+def empty_postgres() -> Iterator[str]:
+    """The URL of an empty database on the server that the environment names; skips the test where it names none."""
+    if not POSTGRES:
+        pytest.skip("TEST_POSTGRES_URL is not set")
+    name = f"tunesmith_{secrets.token_hex(4)}"
+    admin = create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    try:
+        yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        admin.dispose()
 
 
 @cache

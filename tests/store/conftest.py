@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 
 from service.store import instance
 from service.store.database import Database
-from tests.database import migrated
-
-POSTGRES = os.environ.get("TEST_POSTGRES_URL", "")  # a URL whose user may create databases
+from tests.database import empty_postgres, migrated
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -24,16 +18,8 @@ def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'store.db'}"
         return
-    if not POSTGRES:
-        pytest.skip("TEST_POSTGRES_URL is not set")
-    name = f"tunesmith_{secrets.token_hex(4)}"
-    admin = create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
+    with empty_postgres() as url:
+        yield url
 
 
 @pytest.fixture
