@@ -30,9 +30,6 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-ON_HEAD = {"node:__internal_head__": 0.001}
-
-
 class Owner:
     """Calls `fit` in a thread, as a run driver does, and takes the progress of its run."""
 
@@ -46,25 +43,18 @@ class Owner:
     def said(self) -> list[ProgressItem]:
         return self.items
 
-    def run(
-        self,
-        spec: TrainSpec,
-        storage_url: str,
-        local_dir: str,
-        num_workers: int | None = None,
-        pin_resources: dict[str, float] = ON_HEAD,
-    ) -> None:
-        """Train on the cluster, to the end; with the spec's number of workers by default."""
+    def run(self, spec: TrainSpec, storage_url: str, local_dir: str) -> None:
+        """Train on the cluster, to the end."""
         fit(
             spec,
             storage_url,
             "runs/many",
             ray.get_runtime_context().current_actor,
-            num_workers=num_workers or spec.num_workers,
+            num_workers=spec.num_workers,
             num_cpus_per_worker=1,
             num_gpus_per_worker=0,
             num_threads=1,
-            pin_resources=pin_resources,
+            pin_resources={"node:__internal_head__": 0.001},
             run_name=f"test-{uuid.uuid4().hex}",
             local_dir=local_dir,
         )
@@ -72,7 +62,7 @@ class Owner:
 
 def new_owner(kind: type[Owner] = Owner, **env: str) -> Any:
     options = {"num_cpus": 0, "max_concurrency": 4, "lifetime": "detached", "name": uuid.uuid4().hex}
-    return ray.remote(kind).options(**options, resources=ON_HEAD, runtime_env={"env_vars": env}).remote()
+    return ray.remote(kind).options(**options, runtime_env={"env_vars": env}).remote()
 
 
 def await_free(num_cpus: float) -> None:
@@ -108,10 +98,10 @@ def test_two_workers_that_share_all_weights_train_the_same(tmp_path: Path) -> No
 class Crowded(Owner):
     """An owner whose workers find no room."""
 
-    def run(self, *args: Any, **options: Any) -> None:
+    def run(self, spec: TrainSpec, storage_url: str, local_dir: str) -> None:
         """Return when that is told as such."""
         with pytest.raises(NoRoom):
-            super().run(*args, **options)
+            super().run(spec, storage_url, local_dir)
 
 
 @pytest.mark.usefixtures("cluster")
