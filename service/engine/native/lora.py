@@ -210,7 +210,7 @@ class GroupFactors:
         return y
 
     def _adapt_piece(self, piece: Piece, x: torch.Tensor, y: torch.Tensor) -> None:
-        x, own = x[piece.tokens], y[piece.tokens]
+        x, own = _taken(x, piece.tokens), _taken(y, piece.tokens)
         for member, name in enumerate(self.names):
             if (factors := piece.adapter.factors.get(name)) is not None:
                 columns = own[:, self._columns(member)]
@@ -218,21 +218,26 @@ class GroupFactors:
                 if factors.gain is not None:
                     _scale(columns, factors.gain, None if self._bias is None else self._bias[self._columns(member)])
         if not isinstance(piece.tokens, slice):
-            y[piece.tokens] = own
+            y.index_copy_(0, piece.tokens, own)
 
     def _adapt_spread(self, spread: Spread, x: torch.Tensor, y: torch.Tensor) -> None:
         num, rank = spread.num_slots, self._stack.rank
-        own = x[spread.sources].to(self._stack.dtype).view(num, -1, self.in_features)
+        own = _taken(x, spread.sources).to(self._stack.dtype).view(num, -1, self.in_features)
         low = torch.bmm(own, self._down[:num].transpose(1, 2))
         parts = [
             torch.bmm(low[..., member * rank : (member + 1) * rank], up[:num]) for member, up in enumerate(self._up)
         ]
-        found = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).flatten(0, 1)[spread.places]
-        adapted = y[spread.tokens].add_(found)
+        found = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).flatten(0, 1)
+        adapted = _taken(y, spread.tokens).add_(_taken(found, spread.places))
         if spread.has_gains:
             _scale(adapted, self._gain.index_select(0, spread.slot_of), self._bias)
         if not isinstance(spread.tokens, slice):
-            y[spread.tokens] = adapted
+            y.index_copy_(0, spread.tokens, adapted)
+
+
+def _taken(x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Some rows: of a slice a view, of a tensor a copy."""
+    return x[tokens] if isinstance(tokens, slice) else x.index_select(0, tokens)
 
 
 def _scale(y: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
