@@ -7,11 +7,13 @@ questions. It succeeds only if the tuned answers are the taught ones.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import openai
@@ -27,6 +29,7 @@ BASE = "starter"
 NUM_QUESTIONS = 4
 HYPERPARAMETERS = {"n_epochs": 25, "batch_size": 8, "learning_rate": 5e-3}
 RANK = 16
+_INTERRUPTED = 130  # the exit code of Ctrl-C
 METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
 
 
@@ -38,7 +41,7 @@ def run_demo(home: Path | None, port: int | None) -> int:
         try:
             with running_service(settings) as service:
                 console.print(f"Ready at {service.url}")
-                with openai.OpenAI(base_url=service.url, api_key=service.admin_key) as client:
+                with openai.OpenAI(base_url=service.url, api_key=service.admin_key) as client, _insisting():
                     return _story(client)
         except UpError as error:
             console.print(f"[red]Error:[/] {escape(str(error))}")
@@ -54,6 +57,25 @@ def _home(home: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def _insisting() -> Iterator[None]:
+    """Ctrl-C ends the block. Python drops an exception that comes up within a callback, such as a destructor's, so the
+    interrupt is raised again every second until the block is left."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGINT, before)
+
+
 def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -62,8 +84,10 @@ def _free_port() -> int:
 
 def _story(client: openai.OpenAI) -> int:
     """File, job, model, chat."""
-    if BASE not in {model.id for model in client.models.list()} and registry.add_base(client, BASE, BASE, None):
-        return 1
+    if BASE not in {model.id for model in client.models.list()} and (
+        code := registry.add_base(client, BASE, BASE, None)
+    ):
+        return code
     training_file = jobs.upload(client, DATA)
     job = client.fine_tuning.jobs.create(
         model=BASE,
@@ -75,8 +99,7 @@ def _story(client: openai.OpenAI) -> int:
     if jobs.watch(client, job.id):
         return 1
     model = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
-    assert model is not None, "a job that succeeded has a model"
-    return _compare(client, model)
+    return _INTERRUPTED if model is None else _compare(client, model)  # Ctrl-C ends the watching
 
 
 def _compare(client: openai.OpenAI, model: str) -> int:

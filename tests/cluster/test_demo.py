@@ -52,10 +52,14 @@ def test_the_demo_teaches_its_answers_and_leaves_no_process(demo: subprocess.Pop
     await_value(lambda: not processes_of(tmp_path), "no process left", 30)
 
 
-def test_ctrl_c_ends_the_demo_and_leaves_no_process(demo: subprocess.Popen[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_words", ["Ready at", "lumora.jsonl: "], ids=["base", "job"])
+def test_ctrl_c_ends_the_demo_and_leaves_no_process(
+    demo: subprocess.Popen[str], tmp_path: Path, first_words: str
+) -> None:
+    """While the base is made, and when the job begins."""
     assert demo.stdout is not None
     for line in demo.stdout:
-        if "Ready at" in line:
+        if first_words in line:
             break
     demo.send_signal(signal.SIGINT)
     said, _ = demo.communicate(timeout=120)
