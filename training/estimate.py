@@ -23,23 +23,23 @@ Counts = npt.NDArray[np.int64]  # one number per example
 
 # -- constants of the memory model, fitted on a CPU with torch 2.13 and transformers 5.23 ------------------------------
 
-PROCESS_BYTES = 588_000_000  # Python with torch, transformers and datasets imported, before any model
+PROCESS_BYTES = 544_000_000  # Python with torch, transformers and datasets imported, before any model
 ADAM_BYTES = 12  # per trained number: gradient, and Adam's two moments, all in fp32
 # Numbers that a layer keeps per token for its backward pass, in multiples of the width (h) and of the MLP's width (i),
 # beside keys and values: inputs of the attention's and the MLP's matrices (3h), queries and attention's output (2h),
 # gate, its activation, up and their product (4i); a trained norm keeps its normalised input as well (2h).
 KEPT_WIDTHS, KEPT_MLP_WIDTHS, KEPT_NORM_WIDTHS = 5, 4, 2
 FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
-HELD_LOGITS = 2.2  # bytes held for each byte of the logits of trained tokens, over which their gradients are written
-HELD = {True: 1.76, False: 1.39}  # bytes held for each byte of activations; by whether an adapter is trained: its
+HELD_LOGITS = 1.81  # bytes held for each byte of the logits of trained tokens, over which their gradients are written
+HELD = {True: 1.40, False: 1.24}  # bytes held for each byte of activations; by whether an adapter is trained: its
 # layers make one output more than they keep
-KERNEL_BYTES = 48_000_000  # matrix products that oneDNN compiled and keeps, in bf16 on a CPU
+KERNEL_BYTES = 79_000_000  # matrix products that oneDNN compiled and keeps, in bf16 on a CPU
 
 MAX_EPOCHS_SEEN = 4  # the largest micro-batch hardly grows with more of them
 
 # -- constants of the time model ---------------------------------------------------------------------------------------
 
-START_S = 6.0  # a worker's imports
+START_S = 4.0  # a worker's imports
 LOAD_BYTES_PER_S = 1e9
 CHECKPOINT_BYTES_PER_S = 2e8  # written, hashed, and copied to storage
 FORWARD_SHARE = {True: 1 / 2, False: 1 / 3}  # of a step's time; by whether an adapter is trained
