@@ -212,6 +212,11 @@ class ModelShape:
             name: shape for name, shape in layers.items() if any(name == t or name.endswith("." + t) for t in targets)
         }
 
+    def is_read_past(self, layer: str) -> bool:
+        """Whether the model's code may take a linear layer's weight without calling the layer, as that of state-space
+        blocks (Mamba) does; each of them holds a parameter D beside its layers."""
+        return f"{layer.rpartition('.')[0]}.D" in self.parameters
+
     def _number(self, *keys: str) -> int:
         for key in keys:
             if isinstance(self.config.get(key), int):

@@ -21,9 +21,6 @@ class PlanError(ValueError):
         return self.message
 
 
-_WITHOUT_ADAPTERS = frozenset({"mamba", "mamba2", "falcon_mamba"})
-
-
 def hyper_field(spec: TrainSpec) -> str:
     """Where the hyperparameters stand in a request."""
     return f"method.{spec.method}.hyperparameters"
@@ -79,9 +76,6 @@ def check_request(spec: TrainSpec, shape: ModelShape) -> None:
 
 
 def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
-    if shape.model_type in _WITHOUT_ADAPTERS:
-        message = f"The code of {shape.model_type} models reads weights past their layers: train all weights instead."
-        raise PlanError("invalid_value", message, "adapter")
     if adapter.rank != AUTO and adapter.rank > shape.hidden_size:
         message = f"LoRA rank {adapter.rank} is more than the model's width of {shape.hidden_size}."
         raise PlanError("invalid_value", message, "adapter.rank")
@@ -89,6 +83,11 @@ def _check_adapter(adapter: LoraSpec, shape: ModelShape) -> None:
         missing = "linear layers" if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
         known = sorted({name.rsplit(".", 1)[-1] for name in shape.linear_weights()})
         raise PlanError("invalid_value", f"The base has no {missing}; it has {', '.join(known)}.", "adapter.targets")
+    if any(map(shape.is_read_past, shape.adapted(adapter.targets))):
+        known = sorted({n.rsplit(".", 1)[-1] for n in shape.linear_weights() if not shape.is_read_past(n)})
+        others = f"name targets outside of them ({', '.join(known)}) or " if known else ""
+        message = f"State-space blocks, as in this {shape.model_type}, take no adapter: {others}train all weights."
+        raise PlanError("invalid_value", message, "adapter.targets")
     if isinstance(adapter.targets, str):
         return
     for target in adapter.targets:

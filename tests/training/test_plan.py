@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.training.runs import make_base, make_spec
 from training import auto
 from training.bases import import_base
 from training.plan import PlanError, load_examples, plan
@@ -301,3 +302,36 @@ def test_memory_grows_with_the_largest_micro_batch_not_with_the_data(make: Maker
     assert peak(short) < peak(long)
     assert peak(short) == pytest.approx(peak(short * 3), rel=0.01)
     assert peak(long, gradient_accumulation_steps=8) < peak(long)
+
+
+SSM: dict[str, Any] = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+HYBRID: dict[str, Any] = {
+    "model_type": "bamba",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+}
+
+
+@pytest.mark.parametrize(("model", "hint"), [(SSM, "adapter: train all"), (HYBRID, "q_proj")], ids=["all", "hybrid"])
+def test_an_adapter_on_state_space_blocks_is_refused_before_anything_runs(
+    tmp_path: Path, model: dict[str, Any], hint: str
+) -> None:
+    """Their code reads weights past the layers, so an adapter would end the first step without a code."""
+    storage = Storage(str(tmp_path))
+    base = make_base(storage, model)
+    for targets in ("all-linear", ("in_proj",)):
+        with pytest.raises(PlanError, match=hint) as caught:
+            plan(make_spec(storage, base, adapter=LoraSpec(rank=2, alpha=4.0, targets=targets)), storage)
+        assert (caught.value.code, caught.value.param) == ("invalid_value", "adapter.targets")
+    plan(make_spec(storage, base, lora=False), storage)
+    if model is HYBRID:
+        plan(make_spec(storage, base, adapter=LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))), storage)
