@@ -100,6 +100,11 @@ def _run(spec: TrainSpec, storage: Storage, run_key: str) -> int:
             f"the spec asks for {spec.num_workers} workers, and {num_started} started: use torchrun "
             f"--nproc-per-node={spec.num_workers} -m training, or change num_workers"
         )
+    if spec.parallel == "fsdp" and num_started == 1:
+        raise ValueError(
+            "one worker has nobody to share the weights with: use torchrun --nproc-per-node=2 -m training, or parallel "
+            "'data'"
+        )
     with tempfile.TemporaryDirectory(prefix="training-") as scratch_dir:
         folder = Path(storage.path(run_key)) if storage.is_local else Path()
         channel = TerminalChannel(folder / "progress.jsonl")

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import BASE_KEY, make_base, make_spec, write_rows
+from tests.training.runs import BASE_KEY, Recorder, make_base, make_spec, write_rows
 from training.__main__ import main
+from training.loop import run
+from training.progress import Wish
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -52,6 +54,26 @@ def test_workers_that_did_not_start_are_missed(
         assert "asks for 2 workers, and 1 started" in said
         assert "torchrun --nproc-per-node=2" in said
     assert not storage.list_names("runs")
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_workers": 2, "min_workers": 1}], ids=["fixed", "elastic"])
+def test_weights_cannot_be_shared_by_one_worker(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fields: dict[str, int]
+) -> None:
+    spec = make_spec(storage, make_base(storage), lora=False, parallel="fsdp", **fields)
+    said = fails(storage, spec, monkeypatch, capfd)
+    assert "one worker has nobody to share the weights with" in said
+    assert "torchrun --nproc-per-node=2" in said
+
+
+def test_data_that_changed_since_the_checkpoint_are_told(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(storage, make_base(storage))
+    run(spec, storage, "runs/one", Recorder(Wish.CHECKPOINT_AND_STOP, at_step=1), tmp_path / "scratch")
+    write_rows(storage, spec.training_key, 17)
+    said = fails(storage, spec, monkeypatch, capfd)
+    assert said == "failed (data_changed): The data changed since the last checkpoint: start a new run."
 
 
 def test_the_spec_in_the_readme_is_all_that_a_run_needs(
