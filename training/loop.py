@@ -30,7 +30,7 @@ from training.methods import classification, dpo, embedding, supervised
 from training.methods.interface import Method
 from training.model import stored_dtype
 from training.optim import learning_rate
-from training.parallel import Workers, agree_on
+from training.parallel import Workers, agree_on, failure_of
 from training.progress import (
     ArtifactWritten,
     Channel,
@@ -83,7 +83,8 @@ def run(spec: TrainSpec, storage: Storage, run_key: str, channel: Channel, scrat
         this = _Run(spec, storage, run_key, scratch_dir, workers, reporter)
         try:
             outcome = this.go()
-        except Failure as failure:
+        except (Failure, RuntimeError, MemoryError) as error:
+            failure = failure_of(error, workers)
             reporter.say(Failed, code=failure.code, message=failure.message, param=failure.field_of(spec.method))
             outcome = Outcome("failed", this.step, code=failure.code, message=failure.message)
     workers.leave()

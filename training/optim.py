@@ -39,12 +39,17 @@ _DECAYS: dict[Literal["linear", "cosine", "constant"], Callable[[float], float]]
 def adamw(weights: dict[str, tuple[torch.Tensor, int]], hyper: Hyperparameters) -> torch.optim.AdamW:
     """AdamW over tensors, each given with the dimensions of the weight that it is, or is a part of.
 
-    Weight decay acts on matrices; norms and biases, which are vectors, are spared."""
+    Weight decay acts on matrices; norms and biases, which are vectors, are spared. The moments are made at once, so
+    that a lack of memory shows before the first step, where the workers can still tell one another."""
     matrices = [tensor for tensor, ndim in weights.values() if ndim >= 2]
     vectors = [tensor for tensor, ndim in weights.values() if ndim < 2]
     groups = [{"params": matrices, "weight_decay": hyper.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (hyper.adam_beta1, hyper.adam_beta2)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
+    for tensor, _ in weights.values():
+        moments = {part: torch.zeros_like(tensor, memory_format=torch.preserve_format) for part in MOMENTS}
+        optimizer.state[tensor] = {"step": torch.zeros((), device=tensor.device), **moments}
+    return optimizer
 
 
 class Trainer:
@@ -75,9 +80,6 @@ class Trainer:
             if master is not param:
                 param.register_post_accumulate_grad_hook(_move_gradient_to(master.grad))
         self._optimizer = adamw({name: (master, master.ndim) for name, master in self.masters.items()}, hyper)
-        for master in self.masters.values():  # now, so that a lack of memory shows before the first step
-            moments = {part: torch.zeros_like(master, memory_format=torch.preserve_format) for part in MOMENTS}
-            self._optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
 
     def zero(self) -> None:
         """Forget gradients and sums."""

@@ -84,3 +84,13 @@ def agree_on(workers: Workers, work: Callable[[], None]) -> None:
     num_failed = workers.total(float(failure is not None))
     if num_failed:
         raise failure or Failure("worker_failed", "Another worker of this run could not start.")
+
+
+def failure_of(error: Exception, workers: Workers) -> Failure:
+    """What a run that was ended by an error reports; raises what is a crash. Memory may also be short outside of the
+    passes: in the update, or for a checkpoint. There a worker cannot tell the others, which its crash ends with it."""
+    if isinstance(error, Failure):
+        return error
+    if workers.size == 1 and is_out_of_memory(error):
+        return out_of_memory()
+    raise error
