@@ -124,11 +124,13 @@ class Checkpoints:
         """The newest, the last k, and the best of each of these: whichever a run goes on from, its best is there.
 
         One written between the intervals, only because it was the best, does not count among the k: a loss that falls
-        at every evaluation would push the others out.
+        at every evaluation would push the others out. While the loss is far above its start, the last one from before
+        stays: should the run end as diverged, that is the one to go back to.
         """
         newest = max(states)
         lasting = [step for step, state in states.items() if not self._is_passing(state)]
-        kept = {newest, *lasting[-self.spec.keep_checkpoints :]}
+        calm = [step for step, state in states.items() if state.watch.num_above == 0]
+        kept = {newest, *lasting[-self.spec.keep_checkpoints :], *calm[-1:]}
         return kept | {best for step in kept if (best := states[step].curve.best_step) is not None}
 
     def _is_passing(self, state: TrainerState) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.training.runs import BASE_KEY, GPT_NEO, LLAMA, Recorder, make_base, make_spec, write_rows
 from training.artifact import read_manifest, verify
+from training.divergence import NUM_STEPS
 from training.loop import Outcome, run
 from training.model_shape import ModelShape
 from training.progress import (
@@ -168,7 +170,7 @@ def test_a_rate_that_diverges_ends_with_the_last_good_checkpoint(storage: Storag
 
 def test_a_loss_that_rises_far_above_its_start_and_stays_there_ends_the_run(storage: Storage, tmp_path: Path) -> None:
     """All numbers are finite: a rate far too high for the model drives it away for good."""
-    fields = {"n_epochs": 20, "batch_size": 2, "warmup_ratio": 0.0, "checkpoint_interval": 5}
+    fields = {"n_epochs": 20, "batch_size": 2, "warmup_ratio": 0.0, "checkpoint_interval": 1, "keep_checkpoints": 2}
     spec = make_spec(storage, make_base(storage), False, learning_rate=3.0, **fields)
     whole = Recorder()
     outcome = run(spec, storage, "runs/one", whole, tmp_path)
@@ -177,6 +179,9 @@ def test_a_loss_that_rises_far_above_its_start_and_stays_there_ends_the_run(stor
     assert failed.param == "method.supervised.hyperparameters.learning_rate"
     first = whole.of(StepMetrics)[0].train_loss
     assert f"was {first:.4g} at the first step" in failed.message
+    (good,) = re.findall(r"The checkpoint of step (\d+) is kept", failed.message)
+    assert int(good) <= outcome.step - NUM_STEPS, "older than the last two, which the loss has spoilt"
+    assert read_manifest(storage, f"runs/one/checkpoints/step-{int(good):06d}") is not None
 
     stopped = Recorder(Wish.CHECKPOINT_AND_STOP, at_step=outcome.step - 3)
     run(spec, storage, "runs/two", stopped, tmp_path)
