@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 MAX_PROBLEMS = 50
 _ROWS_PER_BATCH = 1000
 _SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("lengths", pa.list_(pa.int32()))]
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.bool_())),
+        ("lengths", pa.list_(pa.int32())),
+        ("piece", pa.int32()),
+    ]
 )
 _LABELLED_SCHEMA = _SCHEMA.append(pa.field("label", pa.int32()))
 # What each method learns from.
@@ -58,6 +63,7 @@ class Row:
     sequences: tuple[Example, ...]
     label: int | None = None  # number of its label, with the method classification
     is_text: bool = False  # plain text, which may be cut anywhere
+    piece: int = 0  # its number among the pieces of a text that was cut
 
 
 Outcome = Row | str  # or what is wrong with the record
@@ -77,11 +83,11 @@ def load_examples(spec: TrainSpec, storage: Storage, cache_dir: Path | None = No
 
     An example is what its record makes a model read: one sequence, or one after the other the two of a preference, the
     better one first, or the texts of a pair; `lengths` holds the tokens of each. A plain text longer than allowed
-    becomes several examples. With the method classification, whose labels must be resolved, a column `label` holds the
-    number of each example's label. The Arrow files are written to
-    `cache_dir`, or a new temporary folder; give each process its own. Without a validation file, `validation_split` of
-    the records is held out, chosen by `seed` alone. ExamplesError if any record cannot be rendered, is longer than
-    allowed, is of a kind that the method does not learn from, or has a label that the training file lacks.
+    becomes several examples, which a column `piece` numbers from 0. With the method classification, whose labels must
+    be resolved, a column `label` holds the number of each example's label. The Arrow files are written to `cache_dir`,
+    or a new temporary folder; give each process its own. Without a validation file, `validation_split` of the examples
+    is held out, chosen by `seed` alone. ExamplesError if any record cannot be rendered, is longer than allowed, is of a
+    kind that the method does not learn from, or has a label that the training file lacks.
     """
     folder = Path(cache_dir) if cache_dir is not None else Path(tempfile.mkdtemp(prefix="examples-"))
     base = storage.local_folder(spec.base.key)
@@ -150,11 +156,14 @@ def _fitting(row: Row, max_length: int, method: str) -> Outcome:
 def _pieces(row: Row, max_length: int) -> list[Row]:
     """A text in pieces of at most so many tokens. The first token of each has nothing before it to predict it from."""
     (whole,) = row.sequences
+    starts = list(range(0, len(whole.token_ids), max_length))
+    if len(starts) > 1 and len(whole.token_ids) - starts[-1] == 1:
+        starts[-1] -= 1  # a token alone, often the end of the text, would not be learned
     pieces = []
-    for start in range(0, len(whole.token_ids), max_length):
-        ids, trained = whole.token_ids[start : start + max_length], whole.trained[start : start + max_length]
+    for start, end in pairwise([*starts, len(whole.token_ids)]):
+        ids, trained = whole.token_ids[start:end], whole.trained[start:end]
         if any(trained[1:]):
-            pieces.append(Row((Example(ids, (False, *trained[1:])),)))
+            pieces.append(Row((Example(ids, (False, *trained[1:])),), piece=len(pieces)))
     return pieces
 
 
@@ -164,6 +173,7 @@ def _batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
         "trained": [list(chain.from_iterable(sequence.trained for sequence in row.sequences)) for row in rows],
         "lengths": [[len(sequence.token_ids) for sequence in row.sequences] for row in rows],
         "label": [row.label for row in rows],
+        "piece": [row.piece for row in rows],
     }
     return pa.record_batch([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
 

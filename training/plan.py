@@ -22,7 +22,7 @@ from training.failure import Failure
 from training.labels import count_labels, problem_of, warnings_of, with_counts
 from training.model_shape import ModelShape, ShapeError
 from training.plan_checks import PlanError, check_batches, check_method, check_request
-from training.records import ChatRecord, TextRecord, first_record, iter_records, sequences_of
+from training.records import ChatRecord, first_record, sequences_of
 from training.render import Example, Renderer, RenderError
 from training.sample_prompts import PromptError, encode_prompts
 from training.spec import AUTO, Contract, Hyperparameters, TrainSpec
@@ -107,15 +107,18 @@ def plan(spec: TrainSpec, storage: Storage, *, on_gpu: bool = False) -> Plan:
         num_given = len(train) + (num_valid if spec.validation_key is None else 0)
         _check_num_examples(num_given, num_valid, spec)
         counts, validated = _count(train), _count(validation)
+        num_cut, num_pieces = _cuts(train, validation)
         if spec.classification is not None:
             spec = with_counts(spec, train["label"])
             warnings = warnings_of(spec)
         else:
             warnings = [] if spec.embedding is not None else _warnings_on_tokens(train, renderer, spec, storage)
     resolved = _resolve(spec, shape, counts)
-    warnings += _warning_on_cuts(resolved, storage, num_given)
     check_batches(resolved)
     hyper = resolved.hyperparameters
+    if num_cut:
+        allowed = f"the {hyper.max_length} tokens that are allowed"
+        warnings.append(f"Texts longer than {allowed} were cut: {num_cut} rows into {num_pieces} pieces.")
     assert hyper.n_epochs != AUTO and hyper.batch_size != AUTO
     if hyper.batch_size > counts.num_examples:
         warnings.append(f"batch_size {hyper.batch_size} is more than the {counts.num_examples} training examples.")
@@ -203,16 +206,11 @@ def _warnings_on_tokens(examples: Dataset, renderer: Renderer, spec: TrainSpec, 
     return []
 
 
-def _warning_on_cuts(spec: TrainSpec, storage: Storage, num_examples: int) -> list[str]:
-    """How many rows of plain text became how many examples, where some were longer than allowed."""
-    if not isinstance(_first_record(spec, storage), TextRecord):
-        return []
-    with storage.open_read(spec.training_key) as file:
-        num_rows = sum(1 for _ in iter_records(file))
-    if num_examples == num_rows:
-        return []
-    length = spec.hyperparameters.max_length
-    return [f"Texts longer than {length} tokens were cut: {num_rows} rows became {num_examples} examples."]
+def _cuts(*sets: Dataset | None) -> tuple[int, int]:
+    """How many rows of plain text were longer than allowed, and how many pieces they were cut into."""
+    pieces = np.concatenate([np.asarray(examples["piece"][:]) for examples in sets if examples])
+    num_cut = int((pieces == 1).sum())
+    return num_cut, num_cut + int((pieces > 0).sum())
 
 
 def _border_holds(record: ChatRecord, renderer: Renderer) -> bool:

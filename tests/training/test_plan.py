@@ -166,7 +166,23 @@ def test_plain_text_is_cut_and_every_token_but_the_first_of_a_piece_is_learned_f
     assert all(not trained[0] and all(trained[1:]) for trained in cut["trained"])
     made = plan(spec, make.storage)
     assert (made.num_examples, made.num_tokens) == (len(cut), sum(map(len, cut["input_ids"])))
-    assert made.warnings[-1] == f"Texts longer than 5 tokens were cut: 12 rows became {len(cut)} examples."
+    cuts = "Texts longer than the 5 tokens that are allowed were cut"
+    assert made.warnings[-1] == f"{cuts}: 12 rows into {len(cut)} pieces."
+
+
+def test_a_warning_counts_the_cut_rows_of_both_files_and_the_last_token_of_a_text_is_kept(make: Maker) -> None:
+    """Of a text that is one token too long, that token would be a piece of its own, which nothing predicts."""
+    short, long = {"text": "Tom"}, {"text": "Tom and Tom and Tom"}
+    (num_tokens,) = {len(ids) for ids in load_examples(make.spec([long]), make.storage)[0]["input_ids"]}
+    rows = [short] * 11 + [long]
+    spec = make.spec(rows, hyper={"max_length": num_tokens - 1}, validation_key=make.file([long, short]))
+    made = plan(spec, make.storage)
+    assert made.warnings[-1].endswith("were cut: 2 rows into 4 pieces.")
+    cut, valid = load_examples(made.spec, make.storage)
+    assert [len(ids) for ids in cut["input_ids"]][-2:] == [num_tokens - 2, 2]
+    assert valid is not None
+    assert (made.num_examples, made.num_validation_examples) == (len(cut), len(valid)) == (13, 3)
+    assert made.num_trained_tokens == sum(map(sum, cut["trained"])) == made.num_tokens - 13
 
 
 @pytest.mark.parametrize(
