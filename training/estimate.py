@@ -27,12 +27,16 @@ PROCESS_BYTES = 544_000_000  # Python with torch, transformers and datasets impo
 ADAM_BYTES = 12  # per trained number: gradient, and Adam's two moments, all in fp32
 # Numbers that a layer keeps per token for its backward pass, in multiples of the width (h) and of the MLP's width (i),
 # beside keys and values: inputs of the attention's and the MLP's matrices (3h), queries and attention's output (2h),
-# gate, its activation, up and their product (4i); a trained norm keeps its normalised input as well (2h).
-KEPT_WIDTHS, KEPT_MLP_WIDTHS, KEPT_NORM_WIDTHS = 5, 4, 2
+# gate, its activation, up and their product (4i), or up and its activation where there is no gate (2i); a trained norm
+# keeps its normalised input as well (2h).
+KEPT_WIDTHS, KEPT_NORM_WIDTHS = 5, 2
+KEPT_MLP_WIDTHS = {True: 4, False: 2}  # by whether the MLP has a gate
 FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
 HELD_LOGITS = 1.81  # bytes held for each byte of the logits of trained tokens, over which their gradients are written
 HELD = {True: 1.40, False: 1.24}  # bytes held for each byte of activations; by whether an adapter is trained: its
 # layers make one output more than they keep
+# layers make one output more than they keep
+HELD_UNDER_HEADS = 1.35  # the same of classification and embedding, whose heads have no logits over a vocabulary
 KERNEL_BYTES = 79_000_000  # matrix products that oneDNN compiled and keeps, in bf16 on a CPU
 
 MAX_EPOCHS_SEEN = 4  # the largest micro-batch hardly grows with more of them
@@ -64,7 +68,7 @@ def peak_memory(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Cou
     peak. On a GPU there is no process and no oneDNN; that case was not fitted.
     """
     held = parts(spec, shape, tokens, trained)
-    batch = HELD[spec.adapter is not None] * held.activations + HELD_LOGITS * held.logits
+    batch = _held(spec) * held.activations + HELD_LOGITS * held.logits
     if on_gpu:
         return held.state + round(batch)
     training = held.state + round(batch) + held.kernels
@@ -79,13 +83,14 @@ def parts(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -
     state = weights + masters + ADAM_BYTES * num_trained
     if spec.parallel == "fsdp":
         state = _sharded_state(spec, shape)
+    if _has_head(spec):
+        trained = np.zeros_like(trained)
     batch_tokens, batch_trained = _largest_micro_batch(spec, shape, tokens, trained)
-    has_a_head = spec.method in ("classification", "embedding")  # no logits over the vocabulary
     return Parts(
         weights=weights,
         state=state,
         activations=batch_tokens * _activation_bytes(spec, shape),
-        logits=0 if has_a_head else batch_trained * shape.vocab_size * _compute_bytes(spec),
+        logits=batch_trained * shape.vocab_size * _compute_bytes(spec),
         kernels=KERNEL_BYTES if spec.precision == "bf16" else 0,
     )
 
@@ -153,6 +158,15 @@ def duration_s(plan: Plan, shape: ModelShape, tokens_per_s: float, render_s: flo
     return START_S + render_s + shape.weights_bytes / LOAD_BYTES_PER_S + steps_s + writing_s
 
 
+def _has_head(spec: TrainSpec) -> bool:
+    """Whether a small head takes the place of the logits over the vocabulary."""
+    return spec.method in ("classification", "embedding")
+
+
+def _held(spec: TrainSpec) -> float:
+    return HELD_UNDER_HEADS if _has_head(spec) else HELD[spec.adapter is not None]
+
+
 def _compute_bytes(spec: TrainSpec) -> int:
     return 4 if spec.precision == "fp32" else 2
 
@@ -160,7 +174,7 @@ def _compute_bytes(spec: TrainSpec) -> int:
 def _activation_bytes(spec: TrainSpec, shape: ModelShape) -> int:
     """Kept per token for the backward pass, all layers together."""
     hidden, width = shape.hidden_size, _compute_bytes(spec)
-    kept = KEPT_WIDTHS * hidden + 2 * shape.kv_size + KEPT_MLP_WIDTHS * shape.mlp_size
+    kept = KEPT_WIDTHS * hidden + 2 * shape.kv_size + KEPT_MLP_WIDTHS[shape.has_gates] * shape.mlp_size
     if spec.adapter is None:
         kept += KEPT_NORM_WIDTHS * hidden
     return shape.num_layers * (kept * width + 4 * FP32_WIDTHS * hidden) + _adapter_outputs(spec, shape) * width
@@ -177,7 +191,7 @@ def _adapter_outputs(spec: TrainSpec, shape: ModelShape) -> int:
 
 def _largest_micro_batch(spec: TrainSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> tuple[int, int]:
     """Tokens, and those with a loss, of the micro-batch that holds most, in the order that a run of this seed takes."""
-    per_token = HELD[spec.adapter is not None] * _activation_bytes(spec, shape)
+    per_token = _held(spec) * _activation_bytes(spec, shape)
     cost = per_token * tokens + HELD_LOGITS * shape.vocab_size * _compute_bytes(spec) * trained
     hyper = spec.hyperparameters
     batch_size = cast(int, hyper.batch_size)

@@ -113,6 +113,14 @@ class ModelShape:
         return 4 * self.hidden_size if named is None else int(named)
 
     @property
+    def has_gates(self) -> bool:
+        """Whether an MLP has a third matrix, the gate, maybe stored as one with another; assumed unless there are just
+        two of them in each layer."""
+        sizes = (self.mlp_size, 2 * self.mlp_size)
+        inside = (s for name, s in self.linear_weights().items() if LAYER_NAME.search(f".{name}") and max(s) in sizes)
+        return sum(map(_product, inside)) != 2 * self.num_layers * self.hidden_size * self.mlp_size
+
+    @property
     def kv_size(self) -> int:
         """Width of a layer's keys: of its key/value heads together."""
         heads = next((self.config[key] for key in _HEAD_KEYS if isinstance(self.config.get(key), int)), 1)

@@ -7,6 +7,8 @@ relative errors: write them there when the errors have grown.
 
 from __future__ import annotations
 
+import json
+import random
 import sys
 import tempfile
 import time
@@ -17,12 +19,13 @@ import numpy as np
 
 from tests.bench.material import make_material
 from tests.bench.processes import train
+from tests.training.labelled import BERT, WORDS, make_encoder
 from training import estimate
 from training.examples import load_examples
 from training.model_shape import ModelShape
 from training.plan import Plan, plan
 from training.probe import tokens_per_s
-from training.spec import Hyperparameters, LoraSpec, TrainSpec
+from training.spec import ClassificationSpec, EmbeddingSpec, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
 
 GOALS = {"plan_memory_error": "<= 0.15", "plan_time_error": "<= 0.3"}
@@ -39,11 +42,13 @@ class Case:
     num_steps: int
     accumulation: int = 1
     max_length: int = 512
+    method: str = "supervised"
 
     @property
     def name(self) -> str:
         how = "lora" if self.lora else "full"
-        return f"{self.size}_{how}_{self.precision}_{self.batch_size}_{self.accumulation}_{self.max_length}"
+        name = f"{self.size}_{how}_{self.precision}_{self.batch_size}_{self.accumulation}_{self.max_length}"
+        return name if self.method == "supervised" else f"{name}_{self.method}"
 
 
 CASES = (
@@ -55,7 +60,21 @@ CASES = (
     Case("110m", lora=True, precision="bf16", batch_size=4, num_steps=6),
     Case("110m", lora=True, precision="fp32", batch_size=2, num_steps=5),
     Case("110m", lora=False, precision="bf16", batch_size=4, num_steps=5, accumulation=2),
+    Case("8m", lora=True, precision="fp32", batch_size=32, num_steps=4, method="classification"),
+    Case("encoder", lora=False, precision="fp32", batch_size=64, num_steps=5, max_length=64, method="classification"),
+    Case("encoder", lora=False, precision="fp32", batch_size=32, num_steps=5, max_length=64, method="embedding"),
 )
+ENCODER = {  # of the size of MiniLM, with BERT's usual dropout
+    **BERT,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+}
+NUM_WORDS = 60  # of the encoder's longest texts, which are a token each
 
 
 def run() -> dict[str, float]:
@@ -70,6 +89,7 @@ class _Bench:
     def __init__(self, storage: Storage, folder: Path) -> None:
         self.storage, self.folder = storage, folder
         self.bases, self.rows = make_material(storage)
+        self.bases["encoder"] = make_encoder(storage, ENCODER)
         self.fit: list[tuple[float, ...]] = []
 
     def run(self) -> dict[str, float]:
@@ -97,9 +117,8 @@ class _Bench:
 
     def _spec(self, case: Case) -> TrainSpec:
         """Rows of at most the length, each read once."""
-        lines = [line for line in self.rows.lines if len(line) < 3 * case.max_length]
-        key = f"files/{case.name}"
-        self.storage.write_bytes(key, "\n".join(lines[: case.batch_size * case.num_steps]).encode())
+        key, num_rows = f"files/{case.name}", case.batch_size * case.num_steps
+        self.storage.write_bytes(key, "\n".join(self._lines(case)[:num_rows]).encode())
         hyper = Hyperparameters(
             n_epochs=1,
             batch_size=case.batch_size,
@@ -110,12 +129,30 @@ class _Bench:
         return TrainSpec(
             base=self.bases[case.size],
             training_key=key,
+            method=case.method,  # type: ignore[arg-type]
+            classification=ClassificationSpec() if case.method == "classification" else None,
+            embedding=EmbeddingSpec() if case.method == "embedding" else None,
             adapter=LoraSpec(rank=16, alpha=32.0) if case.lora else None,
             hyperparameters=hyper,
             precision=case.precision,  # type: ignore[arg-type]
             eval_interval=1000,
             checkpoint_interval=1000,
         )
+
+    def _lines(self, case: Case) -> list[str]:
+        """Chats, their questions with labels, or for the encoder random words, alone or in pairs."""
+        fitting = [line for line in self.rows.lines if len(line) < 3 * case.max_length]
+        if case.method == "supervised":
+            return fitting
+        texts = [json.loads(line)["messages"][0]["content"].strip() for line in fitting]
+        if case.size == "encoder":
+            draw = random.Random(0)
+            texts = [" ".join(draw.choices(WORDS, k=draw.randint(NUM_WORDS // 3, NUM_WORDS))) for _ in range(1000)]
+        if case.method == "embedding":
+            return [
+                json.dumps({"anchor": one, "positive": two}) for one, two in zip(texts[::2], texts[1::2], strict=False)
+            ]
+        return [json.dumps({"text": text, "label": str(i % 3)}) for i, text in enumerate(texts)]
 
     def _planned(self, spec: TrainSpec) -> tuple[Plan, float]:
         started = time.process_time()
@@ -127,22 +164,24 @@ class _Bench:
         return planned, estimate.duration_s(planned, shape, rate, render_s)
 
     def _remember(self, spec: TrainSpec, peak_bytes: int) -> None:
-        """What the constants multiply: 1, activations of LoRA and of full weights, logits, bf16; then the rest."""
+        """What the constants multiply: 1, activations under logits, of LoRA and of full weights, and under other heads,
+        logits, bf16; then the rest."""
         examples, _ = load_examples(spec, self.storage, self.folder / f"examples-{len(self.fit)}")
         shape = ModelShape(self.storage.local_folder(spec.base.key))
         tokens = np.array([len(ids) for ids in examples["input_ids"]])
         trained = np.array([sum(mask) for mask in examples["trained"]])
         parts = estimate.parts(spec, shape, tokens, trained)
-        lora, full = (parts.activations, 0) if spec.adapter else (0, parts.activations)
-        self.fit.append((1, lora, full, parts.logits, int(parts.kernels > 0), parts.state, peak_bytes))
+        kinds = (spec.method == "supervised" and bool(spec.adapter), spec.method == "supervised" and not spec.adapter)
+        activations = [parts.activations * kind for kind in (*kinds, spec.method != "supervised")]
+        self.fit.append((1, *activations, parts.logits, int(parts.kernels > 0), parts.state, peak_bytes))
 
     def _print_fit(self) -> None:
         table = np.array(self.fit, dtype=float)
-        factors, state, peak = table[:, :5], table[:, 5], table[:, 6]
+        factors, state, peak = table[:, :-2], table[:, -2], table[:, -1]
         found, *_ = np.linalg.lstsq(factors / peak[:, None], (peak - state) / peak, rcond=None)
-        process, lora, full, logits, kernels = found
+        process, lora, full, heads, logits, kernels = found
         print(
             f"best fit: PROCESS_BYTES = {process / 1e6:.0f}_000_000, HELD = {{True: {lora:.2f}, False: {full:.2f}}}, "
-            f"HELD_LOGITS = {logits:.2f}, KERNEL_BYTES = {kernels / 1e6:.0f}_000_000",
+            f"HELD_UNDER_HEADS = {heads:.2f}, HELD_LOGITS = {logits:.2f}, KERNEL_BYTES = {kernels / 1e6:.0f}_000_000",
             file=sys.stderr,
         )

@@ -8,11 +8,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from tests.training.runs import make_base, make_spec
-from training import auto
+from tests.training.labelled import BERT, make_encoder, make_labelled_spec
+from tests.training.runs import BASE_KEY, Recorder, make_base, make_spec, write_rows
+from training import auto, estimate
 from training.bases import import_base
+from training.loop import run
+from training.model_shape import ModelShape
 from training.plan import PlanError, load_examples, plan
 from training.spec import BaseRef, ClassificationSpec, EarlyStopping, Hyperparameters, LoraSpec, TrainSpec
 from training.storage import Storage
@@ -351,3 +356,36 @@ def test_an_adapter_on_state_space_blocks_is_refused_before_anything_runs(
     plan(make_spec(storage, base, lora=False), storage)
     if model is HYBRID:
         plan(make_spec(storage, base, adapter=LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))), storage)
+
+
+def test_a_classifier_holds_no_logits_of_its_vocabulary(tmp_path: Path) -> None:
+    """However many words a base knows, only their embeddings take memory; and an encoder's MLP has no gate."""
+    parts = []
+    for number, vocab_size in enumerate((64, 20_000)):
+        storage = Storage(str(tmp_path / str(number)))
+        spec = make_labelled_spec(storage, make_encoder(storage, {**BERT, "vocab_size": vocab_size}))
+        tokens = np.array([9] * 6 + [12] * 6)
+        shape = ModelShape(storage.local_folder(spec.base.key))
+        assert not shape.has_gates
+        parts.append(estimate.parts(spec, shape, tokens, tokens))
+    assert [part.logits for part in parts] == [0, 0]
+    assert parts[0].activations == parts[1].activations > 0
+    assert parts[1].state - parts[0].state == (20_000 - 64) * 32 * (4 + estimate.ADAM_BYTES)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec()], ids=["full", "lora"])
+def test_gpt2_is_imported_and_planned_by_what_a_run_stores(tmp_path: Path, lora: LoraSpec | None) -> None:
+    """Its class is no …ForCausalLM and its matrices lie transposed."""
+    storage = Storage(str(tmp_path / "storage"))
+    make_base(storage, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128})
+    source = str(storage.local_folder(BASE_KEY))
+    base = import_base(storage, id="gpt2", source=source, revision=None, progress=lambda line: None)
+    ref = BaseRef(id="gpt2", key=base.storage_key, content_hash=base.content_hash)
+    rows = write_rows(storage, "files/train")
+    made = plan(
+        TrainSpec(base=ref, training_key=rows, adapter=lora, hyperparameters=Hyperparameters(n_epochs=1)), storage
+    )
+    assert run(made.spec, storage, "runs/one", Recorder(), tmp_path / "scratch").status == "finished"
+    folder = storage.local_folder("runs/one/artifact")
+    weights = load_file(folder / ("model.safetensors" if lora is None else "adapter_model.safetensors"))
+    assert 4 * sum(tensor.numel() for tensor in weights.values()) == made.artifact_bytes
