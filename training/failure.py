@@ -51,7 +51,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short. Often torch raises a plain RuntimeError for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether the words of a torch error, also as part of a longer report, say that memory is short."""
+    return any(sign in text for sign in _SIGNS)
 
 
 def check_flag(num_workers_out_of_memory: float) -> None:

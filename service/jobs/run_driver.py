@@ -26,6 +26,7 @@ from service.store.runs import RunLost
 from service.store.tables import Checkpoint, Run
 from service.trackers.chosen import trackers_of
 from service.trackers.feed import Feed, end_all
+from training.failure import says_out_of_memory
 from training.spec import TrainSpec
 from training.storage import Storage
 
@@ -76,7 +77,7 @@ class RunDriver:
             return
         except Exception as error:  # process edge: the checkpoint is kept and the job continues from it
             reason = f"The worker crashed ({last_line(error)})"
-            lacks_memory = _SAYS_MEMORY.search(str(error)) is not None
+            lacks_memory = _SAYS_MEMORY.search(str(error)) is not None or says_out_of_memory(str(error))
             if not self.recorder.over.is_set():
                 log.exception("run %s crashed", self._run.id)
         self._settle(reason, lacks_memory=lacks_memory)

@@ -112,6 +112,7 @@ def test_the_speed_of_an_earlier_job_counts_and_full_weights_answer_by_themselve
         jobs.move(tx, job.id, JobState.RUNNING)
         for step in range(1, 11):  # each step trains 50 tokens in half a second
             metrics.add(tx, job.id, 1, "step", step, {"num_trained_tokens": 50, "tokens_per_s": 100.0}, float(step))
+        metrics.add(tx, job.id, 1, "step", 11, {"num_trained_tokens": 0, "tokens_per_s": 0.0}, 11.0)  # an idle step
         jobs.move(tx, job.id, JobState.SUCCEEDED)
     native = platform.settings.model_copy(update={"engine": "native"})
     seen = preview(native, platform.db, platform.storage, spec, DEFAULT_PROJECT)["plan"]

@@ -13,11 +13,12 @@ from service.jobs.orchestrator import LEASE
 from service.jobs.publish import artifact_key, publish, run_key
 from service.jobs.recorder import RunRecorder
 from service.jobs.rehearsal import TOKENS_PER_STEP, Rehearsal
+from service.jobs.run_driver import RunDriver
 from service.jobs.states import JobState
 from service.store import checkpoints, jobs, leases, models, runs, tasks
 from service.store.leases import LeaseLost
 from service.store.runs import RunLost
-from service.store.tables import Job, Run
+from service.store.tables import Checkpoint, Job, Run
 from tests.jobs.gate import Build, gated
 from tests.jobs.world import GOOD_LINES, PATIENCE_S, World, make_orchestrator
 from training.artifact import read_manifest
@@ -112,10 +113,12 @@ def test_a_run_that_crashes_again_and_again_without_progress_fails_the_job(build
 
 
 def test_a_worker_that_ray_ends_for_want_of_memory_says_so_and_what_to_change(build: Build) -> None:
-    """In the words of Ray's memory monitor; those for any other death speak of OOM as one possible cause."""
+    """In the words of Ray's memory monitor, or of a worker that could not tell the others; those for any other death
+    speak of OOM as one possible cause."""
     killed = "[Rank 0]\nray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n..."
+    alone = "[Rank 1]\nRuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n..."
     other = "The actor died unexpectedly; there are some potential root causes: (1) killed by SIGKILL by OOM killer"
-    for words, code in ((killed, "out_of_memory"), (other, "crashed")):
+    for words, code in ((killed, "out_of_memory"), (alone, "out_of_memory"), (other, "crashed")):
         crash = CrashAt(4, 99, words)
         world = build(make_fit=lambda storage, crash=crash: Rehearsal(storage, 6, 2, crash))
         job = world.tick_to(world.queue(), JobState.FAILED)
@@ -380,3 +383,14 @@ def test_a_large_job_is_passed_for_a_while_but_does_not_starve(world: World) -> 
     hold.set()
     assert launcher.join(PATIENCE_S)
     assert next(queue.startable([large, small], clock=lambda: 62.0))[0].id == large.id
+
+
+def test_steps_are_compared_as_numbers_also_beyond_a_million(build: Build) -> None:
+    world = build()
+    job = world.queue()
+    run, folder = claim_by_hand(world, job), f"{run_key(job.id)}/checkpoints"
+    for step in (999_999, 1_000_000, 1_000_001):
+        world.storage.write_bytes(f"{folder}/step-{step:06d}/state", b"-")
+    driver = RunDriver(world.db, world.storage, run, Rehearsal(world.storage, 6, 2), world.settings)
+    driver._drop_unrecorded_checkpoints(Checkpoint(step=1_000_000))
+    assert world.storage.list_names(folder) == ["step-1000000", "step-999999"]

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.training.runs import BASE_KEY, LLAMA, make_base, make_spec
 from training.model_shape import ModelShape
-from training.probe import ProbeError, tokens_per_s, write_shallow
+from training.probe import ProbeError, _Steps, tokens_per_s, write_shallow
+from training.progress import StepMetrics
 from training.storage import Storage
 
 
@@ -38,3 +39,11 @@ def test_a_try_out_that_fails_says_why(storage: Storage) -> None:
     (storage.local_folder(BASE_KEY) / "tokenizer.json").unlink()
     with pytest.raises(ProbeError, match=r"a try-out failed: .*tokenizer\.json"):
         tokens_per_s(spec, storage, 20.0, num_threads=1, patience_s=240)
+
+
+def test_steps_without_a_token_are_no_division_by_zero() -> None:
+    steps, numbers = _Steps(), {"train_loss": 0.0, "train_mean_token_accuracy": 0.0, "learning_rate": 0.1}
+    fields = {"total_steps": 2, "epoch": 1.0, "grad_norm": 0.0, "num_trained_tokens": 0, "tokens_per_s": 0.0, **numbers}
+    steps.send([StepMetrics(seq=step, at=0.0, step=step, **fields) for step in (1, 2)])
+    with pytest.raises(SystemExit, match="no token to learn from"):
+        steps.step_s(1)
