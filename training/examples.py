@@ -159,7 +159,7 @@ def _pieces(row: Row, max_length: int) -> list[Row]:
     starts = list(range(0, len(whole.token_ids), max_length))
     if len(starts) > 1 and len(whole.token_ids) - starts[-1] == 1:
         starts[-1] -= 1  # a token alone, often the end of the text, would not be learned
-    pieces = []
+    pieces: list[Row] = []
     for start, end in pairwise([*starts, len(whole.token_ids)]):
         ids, trained = whole.token_ids[start:end], whole.trained[start:end]
         if any(trained[1:]):
