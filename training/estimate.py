@@ -35,7 +35,6 @@ FP32_WIDTHS = 2  # inputs of the two norms, in fp32 whatever the precision
 HELD_LOGITS = 1.81  # bytes held for each byte of the logits of trained tokens, over which their gradients are written
 HELD = {True: 1.40, False: 1.24}  # bytes held for each byte of activations; by whether an adapter is trained: its
 # layers make one output more than they keep
-# layers make one output more than they keep
 HELD_UNDER_HEADS = 1.35  # the same of classification and embedding, whose heads have no logits over a vocabulary
 KERNEL_BYTES = 79_000_000  # matrix products that oneDNN compiled and keeps, in bf16 on a CPU
 
