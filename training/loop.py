@@ -150,9 +150,8 @@ class _Run:
         check_start(self.spec, self.storage)
         try:
             found = load_examples(self.spec, self.storage, self.scratch_dir / "examples")
-        except ExamplesError as error:  # planning refuses these rows before
-            text = f"The {error.param} cannot be used: {error}"
-            raise Failure(f"invalid_{error.param}", text, error.param) from error
+        except ExamplesError as bad:  # planning refuses these rows before
+            raise Failure(f"invalid_{bad.param}", f"The {bad.param} cannot be used: {bad}", bad.param) from bad
         self.train_set, self.valid_set = cast(tuple[Examples, Examples | None], found)
         if len(self.train_set) == 0:
             raise Failure("invalid_training_file", "The training file has no example to learn from.", "training_file")
