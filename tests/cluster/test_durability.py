@@ -6,6 +6,7 @@ import pytest
 import ray
 from openai import BadRequestError, OpenAI
 from ray.util import placement_group, remove_placement_group
+from ray.util.state import list_actors
 
 from tests.cluster.conftest import await_job, await_value
 from tests.cluster.curves import NUM_STEPS, create_job, last_step, losses
@@ -24,6 +25,17 @@ def undisturbed(client: OpenAI) -> dict[int, float]:
 
 def await_steps(client: OpenAI, job_id: str, num: int) -> None:
     await_value(lambda: last_step(client, job_id) >= num, f"{num} steps of {job_id}")
+
+
+def room_without_runs() -> float | None:
+    """CPUs that no actor was given; None while a run's driver or workers live.
+
+    Not `ray.available_resources()`, which learns of what becomes free some time later.
+    """
+    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
+    if any(actor.class_name.startswith(("RunDriver", "TrainWorker", "RayTrainWorker")) for actor in actors):
+        return None
+    return ray.cluster_resources()["CPU"] - sum((actor.required_resources or {}).get("CPU", 0.0) for actor in actors)
 
 
 def test_pause_and_resume_give_the_same_losses(client: OpenAI, undisturbed: dict[int, float]) -> None:
@@ -53,9 +65,8 @@ def test_a_killed_run_driver_costs_no_step(client: OpenAI, undisturbed: dict[int
 
 
 def test_a_range_of_workers_runs_with_what_has_room_and_gives_the_losses_of_all(client: OpenAI) -> None:
-    room = ray.available_resources()["CPU"]
-    # Leave room for one worker of 0.4 CPU, whether an engine or two more come or an earlier run's driver only now goes.
-    others = placement_group([{"CPU": room - 0.6}])
+    # Leave room for one worker of 0.4 CPU, also if an engine or two more come.
+    others = placement_group([{"CPU": await_value(room_without_runs, "the end of earlier runs") - 0.6}])
     ray.get(others.ready())
     one = create_job(client, num_workers={"min": 1, "max": 2})
     await_job(client, one)
