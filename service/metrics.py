@@ -73,9 +73,11 @@ class Metrics:
         self._request_s = self._histogram("request_seconds", "Time to the last byte", ["route", "method"], _FAST)
         self._first_token_s = self._histogram("time_to_first_token_seconds", "Request to first token", by_base, _FAST)
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens read from prompts", by_base)
+        self._cached_tokens = self._counter("cached_prompt_tokens", "Tokens of prompts not read anew", by_base)
         self._completion_tokens = self._counter("completion_tokens", "Tokens generated", by_base)
         self._running = self._gauge("engine_running_sequences", "Sequences being decoded", by_base)
         self._waiting = self._gauge("engine_waiting_sequences", "Sequences that wait for a place", by_base)
+        self._preemptions = self._counter("engine_preemptions", "Times a sequence gave its place up", by_base)
         self._resident = self._gauge("engine_resident_adapters", "Adapters in memory, over all replicas", by_base)
         self._adapter_loads = self._counter("adapter_loads", "Adapters loaded into an engine", by_base)
         self._adapter_load_s = self._histogram("adapter_load_seconds", "Loading an adapter", by_base, _LOADS)
@@ -93,9 +95,10 @@ class Metrics:
         """Time from the request's arrival to its first token."""
         self._first_token_s.labels(base_id).observe(seconds)
 
-    def add_tokens(self, base_id: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Tokens of one request, also of one that was broken off."""
+    def add_tokens(self, base_id: str, *, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> None:
+        """Tokens of one request, also of one that was broken off; the cached ones are among those of the prompt."""
         self._prompt_tokens.labels(base_id).inc(prompt_tokens)
+        self._cached_tokens.labels(base_id).inc(cached_tokens)
         self._completion_tokens.labels(base_id).inc(completion_tokens)
 
     def set_engine(self, base_id: str, num_running: int, num_waiting: int, num_resident_adapters: int) -> None:
@@ -103,6 +106,10 @@ class Metrics:
         self._running.labels(base_id).set(num_running)
         self._waiting.labels(base_id).set(num_waiting)
         self._resident.labels(base_id).set(num_resident_adapters)
+
+    def add_preemptions(self, base_id: str, num: int) -> None:
+        """Sequences that gave their place in a full cache up, to go on later."""
+        self._preemptions.labels(base_id).inc(num)
 
     def observe_adapter_load(self, base_id: str, seconds: float) -> None:
         """One adapter loaded by the engine."""

@@ -145,7 +145,12 @@ def account(platform: Platform, caller: Caller, target: Target, used: Usage) -> 
     """Count the tokens, also of a broken-off request; the row is written beside the answer, not before its end."""
     if used.prompt_tokens == 0:
         return
-    platform.metrics.add_tokens(target.base_id, used.prompt_tokens, used.completion_tokens)
+    platform.metrics.add_tokens(
+        target.base_id,
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        cached_tokens=used.cached_tokens,
+    )
     task = asyncio.create_task(run_in_threadpool(_add_usage, platform, caller, target, used))
     _accounting.add(task)
     task.add_done_callback(_accounted)

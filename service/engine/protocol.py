@@ -99,6 +99,7 @@ class EngineStats:
     num_generated_tokens: int
     resident_adapters: tuple[str, ...] = ()
     num_adapter_loads: int = 0
+    num_preempted: int = 0  # times that a sequence gave its place up and waited for another
     adapter_load_s: tuple[float, ...] = field(default=())  # recent loads, newest last
 
 

@@ -62,7 +62,7 @@ class ReplicaCore:
         self._storage = storage
         self._deployable = deployable
         self._metrics = metrics if metrics is not None else Metrics()
-        self._num_loads_seen = 0
+        self._num_loads_seen = self._num_preempted_seen = 0
         self._stats_task: asyncio.Task[None] | None = None
         self.engine: HealthyEngine
         self._renderer: Renderer
@@ -143,6 +143,8 @@ class ReplicaCore:
     def _record_stats(self) -> None:
         stats, base_id = self.engine.stats(), self._deployable.base_id
         self._metrics.set_engine(base_id, stats.num_running, stats.num_waiting, len(stats.resident_adapters))
+        self._metrics.add_preemptions(base_id, stats.num_preempted - self._num_preempted_seen)
+        self._num_preempted_seen = stats.num_preempted
         num_new = stats.num_adapter_loads - self._num_loads_seen
         self._num_loads_seen = stats.num_adapter_loads
         for seconds in stats.adapter_load_s[len(stats.adapter_load_s) - num_new :] if num_new > 0 else ():

@@ -45,7 +45,7 @@ async def test_every_process_renders_the_sum_of_all() -> None:
     hub = MetricsHub()
     processes = [Metrics(LocalHub(hub)) for _ in range(3)]
     for number, metrics in enumerate(processes):
-        metrics.add_tokens("base", 10, number)
+        metrics.add_tokens("base", prompt_tokens=10, completion_tokens=number)
         metrics.set_engine("base", num_running=2, num_waiting=0, num_resident_adapters=1)
         metrics.observe_request("/v1/x", "GET", 200, 0.02)
         await metrics.push()
@@ -63,7 +63,7 @@ async def test_gauges_of_a_dead_process_go_and_its_counters_stay() -> None:
     hub = MetricsHub(clock)
     dead, alive = Metrics(LocalHub(hub)), Metrics(LocalHub(hub))
     for metrics in (dead, alive):
-        metrics.add_tokens("base", 1, 1)
+        metrics.add_tokens("base", prompt_tokens=1, completion_tokens=1)
         metrics.set_engine("base", num_running=1, num_waiting=0, num_resident_adapters=0)
         await metrics.push()
     for waited_s in (DEAD_AFTER_S + 1, FOLD_AFTER_S + 1):

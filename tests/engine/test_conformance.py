@@ -1,4 +1,5 @@
-"""What every engine promises; all of them pass the same tests. Those of vLLM run where it is installed: `test_vllm`."""
+"""What every engine promises; all of them pass the same tests: echo, the native engine on its fast path and on the step
+loop over transformers' own forward pass, and vLLM where it is installed (see `test_vllm`)."""
 
 from __future__ import annotations
 
@@ -38,16 +39,15 @@ class Maker:
 NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 
 
-@pytest.fixture(params=["echo", "native", pytest.param("vllm", marks=NEEDS_VLLM)])
+@pytest.fixture(params=["echo", "native", "transformers", pytest.param("vllm", marks=NEEDS_VLLM)])
 def make(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Maker:
-    return Maker(request.param, model_folders["llama-wide"])  # vLLM wants heads of 32 and more
+    model = "gpt2" if request.param == "transformers" else "llama-wide"  # vLLM wants heads of 32 and more
+    return Maker(request.param, model_folders[model])
 
 
-@pytest.fixture(scope="module")
-def adapters(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
-    root = tmp_path_factory.mktemp("adapters")
-    model = model_folders["llama-wide"]
-    return [AdapterRef(f"a{i}", save_adapter(load_model(model), root / f"a{i}", seed=i)) for i in range(3)]
+@pytest.fixture
+def adapters(make: Maker, tmp_path: Path) -> list[AdapterRef]:
+    return [AdapterRef(f"a{i}", save_adapter(load_model(make.folder), tmp_path / f"a{i}", seed=i)) for i in range(3)]
 
 
 async def test_a_request_ends_at_max_tokens(make: Maker) -> None:

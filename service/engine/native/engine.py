@@ -164,6 +164,7 @@ class NativeEngine:
             resident_adapters=adapters.resident if adapters else (),
             num_adapter_loads=adapters.num_loads if adapters else 0,
             adapter_load_s=tuple(adapters.load_s) if adapters else (),
+            num_preempted=stepper.num_preempted if stepper else 0,
         )
 
     async def stop(self) -> None:

@@ -110,6 +110,11 @@ class Stepper:
         return len(self._scheduler.running)
 
     @property
+    def num_preempted(self) -> int:
+        """Times that a sequence gave its place up."""
+        return self._scheduler.num_preempted
+
+    @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing."""
         return not self._scheduler.waiting and not self._scheduler.running
