@@ -1,6 +1,11 @@
 # One image for head and worker nodes. State lies in /data unless TUNESMITH_DATABASE_URL and TUNESMITH_STORAGE_URL say otherwise.
 FROM python:3.11-slim
 
+# The engine compiles its kernels for the processor that it runs on.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /app
 COPY pyproject.toml requirements.lock README.md ./
 COPY service service

@@ -88,7 +88,7 @@ def _factors(
         )
     scale, like = scale_of(name, rank, config), layer.like
     gain = None if magnitude is None else gain_of(merged_rows(layer.rows, a, b, scale), magnitude)
-    return Factors(a.T.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous(), gain)
+    return Factors(a.to(like).contiguous(), (b.T.float() * scale).to(like).contiguous(), gain)
 
 
 def scale_of(name: str, rank: int, config: dict[str, Any]) -> float:

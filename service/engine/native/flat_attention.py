@@ -1,21 +1,87 @@
 """Attention of one step over a flat row of tokens: one new token of each running sequence, then pieces of prompts.
 
 Registered with transformers as `FLAT`; a step's `AttentionPlan` travels to it through the model's keyword arguments.
-Grouped query heads are rows of one product with their keys. Numbers of keys and of queries are rounded up, because on a
+A bf16 model on a CPU has a kernel for single tokens and short pieces; else, grouped query heads are rows of one product
+with their keys. Numbers of keys and of queries are rounded up, because on a
 CPU oneDNN compiles a product anew for each shape that it meets; what is beyond is masked.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from service.engine.native.cpu_kernels import CpuKernels
 from service.engine.native.kv_cache import Pool, Row
 
 FLAT = "tunesmith_flat"
+
+
+class Part(Protocol):
+    """Some tokens of a step."""
+
+    def attend(
+        self,
+        out: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Write keys and values of these tokens into the cache, and into `out` what they attend to."""
+        ...
+
+
+@dataclass
+class AttentionPlan:
+    """Who attends to what in one step."""
+
+    parts: list[Part]
+    shared: dict[str, Any] = field(default_factory=dict)  # what the first layer makes for all of them
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """[tokens, heads, head size] of query [tokens, heads, head size] and key and value with perhaps fewer heads;
+        keys and values go into the cache. Of padding, which belongs to no part, it is anything."""
+        out = query.new_zeros(query.shape)
+        for part in self.parts:
+            part.attend(out, layer, query, key, value, scale, window)
+        return out
+
+
+@dataclass
+class Scattered:
+    """Any tokens of sequences whose rows lie in one pool, for the kernel that takes each by itself."""
+
+    kernels: CpuKernels
+    pool: Pool
+    which: torch.Tensor  # int64 [3, tokens]: numbers in the flat row, rows, positions
+
+    def attend(
+        self,
+        out: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """See Part."""
+        cache = self.pool.states[layer]
+        self.kernels.attend(out, query, key, value, cache, self.which, scale=scale, window=window)
 
 
 @dataclass
@@ -30,6 +96,29 @@ class Newest:
     num_keys: int
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
+    def attend(
+        self,
+        out: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """See Part."""
+        states = self.pool.states[layer]  # [2, rows, KV heads, capacity, head size]
+        states[:, self.rows, :, self.positions] = torch.stack((key[self.tokens], value[self.tokens]), dim=1)
+        q = query[self.tokens]
+        is_spread = self.num_rows != len(q)
+        if is_spread:
+            q = q.new_zeros(self.num_rows, *q.shape[1:]).index_copy_(0, self.rows, q)
+        if (mask := self.masks.get(window)) is None:
+            mask = self.masks[window] = _newest_mask(self, states.shape[2], window, q)
+        keys, values = states[:, : self.num_rows, :, : self.num_keys]
+        found = _grouped(q[:, :, None], keys, values, mask, scale)
+        out[self.tokens] = found[self.rows, :, 0] if is_spread else found[:, :, 0]
+
 
 @dataclass
 class Piece:
@@ -40,55 +129,31 @@ class Piece:
     tokens: slice  # of the flat row
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
-
-@dataclass
-class AttentionPlan:
-    """Who attends to what in one step."""
-
-    newest: list[Newest]
-    pieces: list[Piece]
-    num_tokens: int  # with padding at the end, which nobody looks at
-    shared: dict[str, Any] = field(default_factory=dict)  # what the first layer makes for all of them
-
     def attend(
         self,
+        out: torch.Tensor,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
-        window: int | None = None,
-    ) -> torch.Tensor:
-        """[tokens, heads, head size] of query [tokens, heads, head size] and key and value with perhaps fewer heads;
-        keys and values go into the cache."""
-        outputs = [_newest(part, layer, query, key, value, scale, window) for part in self.newest]
-        outputs += [_piece(part, layer, query, key, value, scale, window) for part in self.pieces]
-        num_left = self.num_tokens - sum(len(output) for output in outputs)
-        if num_left:
-            outputs.append(query.new_zeros(num_left, *query.shape[1:]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _newest(
-    part: Newest,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    states = part.pool.states[layer]  # [2, rows, KV heads, capacity, head size]
-    states[:, part.rows, :, part.positions] = torch.stack((key[part.tokens], value[part.tokens]), dim=1)
-    q = query[part.tokens]
-    is_spread = part.num_rows != len(q)
-    if is_spread:
-        q = q.new_zeros(part.num_rows, *q.shape[1:]).index_copy_(0, part.rows, q)
-    if (mask := part.masks.get(window)) is None:
-        mask = part.masks[window] = _newest_mask(part, states.shape[2], window, q)
-    keys, values = states[:, : part.num_rows, :, : part.num_keys]
-    found = _grouped(q[:, :, None], keys, values, mask, scale)
-    return found[part.rows, :, 0] if is_spread else found[:, :, 0]
+        window: int | None,
+    ) -> None:
+        """See Part."""
+        num = self.tokens.stop - self.tokens.start
+        end = self.start + num
+        keys, values = self.row.pool.states[layer, :, self.row.number]  # [KV heads, capacity, head size]
+        keys[:, self.start : end] = key[self.tokens].transpose(0, 1)
+        values[:, self.start : end] = value[self.tokens].transpose(0, 1)
+        q = query[self.tokens].transpose(0, 1)  # [heads, tokens, head size]
+        num_queries, num_keys = rounded(num), min(rounded(end), keys.shape[1])
+        if (mask := self.masks.get(window)) is None:
+            mask = _piece_mask(self.start, num_queries, num_keys, window, q)
+            mask = self.masks[window] = mask.repeat(1, len(q) // len(keys), 1)
+        padded = q.new_empty(len(q), num_queries, q.shape[-1])  # whatever is behind becomes rows that nobody looks at
+        padded[:, :num] = q
+        found = _grouped(padded[None], keys[None, :, :num_keys], values[None, :, :num_keys], mask, scale)
+        out[self.tokens] = found[0, :, :num].transpose(0, 1)
 
 
 def _newest_mask(part: Newest, num_heads: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
@@ -100,31 +165,6 @@ def _newest_mask(part: Newest, num_heads: int, window: int | None, like: torch.T
         unseen |= key <= newest[:, None] - window
     mask = like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
     return mask.repeat_interleave(num_heads, dim=0)[:, None]
-
-
-def _piece(
-    part: Piece,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    num = part.tokens.stop - part.tokens.start
-    end = part.start + num
-    keys, values = part.row.pool.states[layer, :, part.row.number]  # [KV heads, capacity, head size]
-    keys[:, part.start : end] = key[part.tokens].transpose(0, 1)
-    values[:, part.start : end] = value[part.tokens].transpose(0, 1)
-    q = query[part.tokens].transpose(0, 1)  # [heads, tokens, head size]
-    num_queries, num_keys = rounded(num), min(rounded(end), keys.shape[1])
-    if (mask := part.masks.get(window)) is None:
-        mask = _piece_mask(part.start, num_queries, num_keys, window, q)
-        mask = part.masks[window] = mask.repeat(1, len(q) // len(keys), 1)
-    padded = q.new_empty(len(q), num_queries, q.shape[-1])  # whatever is behind: it becomes rows that nobody looks at
-    padded[:, :num] = q
-    found = _grouped(padded[None], keys[None, :, :num_keys], values[None, :, :num_keys], mask, scale)
-    return found[0, :, :num].transpose(0, 1)
 
 
 def _piece_mask(start: int, num_queries: int, num_keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

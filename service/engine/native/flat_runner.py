@@ -4,6 +4,7 @@ sequence, and pieces of prompts. See `flat_attention`, `kv_cache` and `lora` for
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Piece, rounded
+from service.engine.native.cpu_kernels import kernels_for
+from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Part, Piece, Scattered, rounded
 from service.engine.native.fused_layers import fuse
-from service.engine.native.kv_cache import KvCache, Row, StateShape, row_capacity
+from service.engine.native.kv_cache import KvCache, Pool, Row, StateShape, row_capacity
 from service.engine.native.linear import fuse_single, linear_layers
 from service.engine.native.lora import AdapterStack, LoadedAdapter
 from service.engine.native.lora import Piece as LoraPiece
@@ -30,6 +32,7 @@ FLAT_MODEL_TYPES = frozenset(
 )
 _MEMORY_SHARE = {"cpu": 1 / 4, "cuda": 3 / 4}  # of the memory that is free after loading, for keys and values
 _PREFIX_SHARE = 1 / 4  # of the cache, beside it
+_MANY_SCORES = 8192  # tokens of a piece times keys, from which matrix products are faster than a kernel token by token
 
 
 class FlatRunner:
@@ -54,6 +57,9 @@ class FlatRunner:
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = StateShape(config.num_hidden_layers, num_heads, size, model.dtype, self.device)
+        kernels = kernels_for(torch.empty(0, dtype=model.dtype, device=self.device))
+        can_attend = kernels is not None and kernels.can_attend(config.num_attention_heads, num_heads, size)
+        self._kernels = kernels if can_attend else None
         max_tokens = max_cache_tokens or min(
             max_rows * row_capacity(self.max_context), int(_free_bytes(self.device) // shape.token_bytes)
         )
@@ -96,8 +102,7 @@ class FlatRunner:
             token_ids += feed.token_ids
             positions += range(feed.place.length, feed.place.length + len(feed.token_ids))
         padding = [0] * (_rounded_tokens(len(token_ids)) - len(token_ids))
-        parts = [Piece(feed.place, feed.place.length, tokens[id(feed)]) for feed in pieces]
-        plan = AttentionPlan(self._newest(newest), parts, len(token_ids) + len(padding))
+        plan = AttentionPlan(self._parts(newest, pieces, tokens))
         adapted = [LoraPiece(tokens[id(feed)], feed.adapter) for feed in pieces if feed.adapter is not None]
         self._stack.set_plan([feed.adapter for feed in newest], adapted)
         ends = [tokens[id(feed)].stop - 1 for feed in feeds if feed.ends]
@@ -120,6 +125,23 @@ class FlatRunner:
             start += len(feed.token_ids)
         return logits[: len(ends)].float()
 
+    def _parts(self, newest: list[Feed], pieces: list[Feed], tokens: dict[int, slice]) -> list[Part]:
+        """Who attends how; `tokens` says where in the flat row each feed lies."""
+        if self._kernels is None:
+            return [*self._newest(newest), *(_piece(feed, tokens[id(feed)]) for feed in pieces)]
+        long = [feed for feed in pieces if len(feed.token_ids) * _end(feed) > _MANY_SCORES]
+        short = [*newest, *(feed for feed in pieces if len(feed.token_ids) * _end(feed) <= _MANY_SCORES)]
+        which: defaultdict[Pool, list[tuple[int, int, int]]] = defaultdict(list)
+        for feed in short:
+            row: Row = feed.place
+            span = tokens[id(feed)]
+            which[row.pool] += [
+                (number, row.number, position)
+                for number, position in zip(range(span.start, span.stop), range(row.length, _end(feed)), strict=True)
+            ]
+        scattered = [Scattered(self._kernels, pool, torch.tensor(of).T.contiguous()) for pool, of in which.items()]
+        return [*scattered, *(_piece(feed, tokens[id(feed)]) for feed in long)]
+
     def _newest(self, feeds: list[Feed]) -> list[Newest]:
         parts, start = [], 0
         for _, group in groupby(feeds, key=lambda feed: feed.place.pool.capacity):
@@ -135,6 +157,15 @@ class FlatRunner:
             start += len(rows)
             parts.append(part)
         return parts
+
+
+def _piece(feed: Feed, tokens: slice) -> Piece:
+    return Piece(feed.place, feed.place.length, tokens)
+
+
+def _end(feed: Feed) -> int:
+    """Tokens of its sequence once it is read."""
+    return int(feed.place.length) + len(feed.token_ids)
 
 
 def _id(adapter: LoadedAdapter | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from service.engine.native.cpu_kernels import kernels_for
 from service.engine.native.flat_attention import AttentionPlan
 from service.engine.native.linear import FusedLinear
 from service.engine.native.lora import AdapterStack
@@ -36,6 +37,7 @@ class FusedLayer(nn.Module):
         self._gate_up = group(mlp, "mlp", "gate_proj", "up_proj")
         self._down = group(mlp, "mlp", "down_proj")
         self._activation = mlp.act_fn
+        self._is_silu = attention.config.hidden_act == "silu"
         self._index, self._scale = attention.layer_idx, attention.scaling
         self._window: int | None = getattr(attention, "sliding_window", _window_of_all_layers(attention))
         self._head_size: int = attention.head_dim
@@ -54,17 +56,35 @@ class FusedLayer(nn.Module):
         """[1, tokens, width] from the same."""
         x = hidden_states[0]
         qkv = self._qkv(_rms_norm(x, self._norm)).view(len(x), -1, self._head_size)
-        rotated = qkv[:, : self._num_heads + self._num_kv_heads]
-        if self._qk_norm is not None:
-            weight, eps = self._qk_norm
-            rotated = F.rms_norm(rotated, (self._head_size,), None, eps) * weight
-        rotated = _rotate(rotated, position_embeddings, plan)
-        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
-        value = qkv[:, self._num_heads + self._num_kv_heads :]
+        query, key, value = self._rotated(qkv, position_embeddings, plan)
         attended = plan.attend(self._index, query, key, value, self._scale, self._window)
         x = self._o.added_to(x, attended.flatten(1))
-        gate, up = self._gate_up(_rms_norm(x, self._mlp_norm)).chunk(2, dim=-1)
-        return self._down.added_to(x, self._activation(gate) * up)[None]
+        gate_up = self._gate_up(_rms_norm(x, self._mlp_norm))
+        return self._down.added_to(x, self._gated(gate_up))[None]
+
+    def _rotated(
+        self, qkv: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys with their rotary embedding, and values; [tokens, heads, head size]."""
+        num_rotated = self._num_heads + self._num_kv_heads
+        rotated = qkv[:, :num_rotated]
+        if kernels := kernels_for(qkv):
+            norms, eps = self._qk_norm or (None, 0.0)
+            kernels.rotate(qkv, num_rotated, angles[0][0], angles[1][0], norms, eps)
+        else:
+            if self._qk_norm is not None:
+                weight, eps = self._qk_norm
+                rotated = F.rms_norm(rotated, (self._head_size,), None, eps) * weight
+            rotated = _rotate(rotated, angles, plan)
+        return rotated[:, : self._num_heads], rotated[:, self._num_heads :], qkv[:, num_rotated:]
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """act(gate) up."""
+        if self._is_silu and (kernels := kernels_for(gate_up)):
+            return kernels.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        gated: torch.Tensor = self._activation(gate) * up
+        return gated
 
 
 def _window_of_all_layers(attention: Any) -> int | None:
@@ -81,6 +101,8 @@ def _qk_norm(attention: Any, num_heads: int, num_kv_heads: int) -> tuple[torch.T
 
 
 def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    if kernels := kernels_for(x):
+        return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 

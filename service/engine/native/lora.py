@@ -1,30 +1,43 @@
 """Applying adapters: many at once, each to its own tokens.
 
-Linear layers that read the same input form a group. The factors of all adapters in use lie stacked, so that for the
-newest tokens, one of each sequence, one batched product per factor serves all adapters, whatever their number and
-ranks. Many tokens with one adapter, as in a piece of a prompt, are multiplied with its factors by themselves. A step
-without adapters pays one `if` per group.
+Linear layers that read the same input form a group. For the newest tokens, one of each sequence, a bf16 model on a CPU
+has a kernel that reads each adapter's factors where they are. Elsewhere the factors of all adapters in use lie stacked,
+so that one batched product per factor serves all adapters, whatever their number and ranks. Many tokens with one
+adapter, as in a piece of a prompt, are multiplied with its factors by themselves. A step without adapters pays one `if`
+per group.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from service.engine.native.cpu_kernels import CpuKernels, kernels_for
+
 _RANK_MULTIPLE = 8
+_MANY = 128  # tokens of a piece from which products of whole matrices are faster than the kernel
 
 
 class Factors(NamedTuple):
     """What an adapter does to one layer: y + x down up, and with DoRA that times `gain` (but for the layer's bias)."""
 
-    down: torch.Tensor  # A^T [in, rank]
+    down: torch.Tensor  # A [rank, in]
     up: torch.Tensor  # B^T [rank, out], the scale inside
     gain: torch.Tensor | None = None  # fp32 [out]: magnitude / length of the row of W + scale * B A
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where they lie, and the rank."""
+        assert self.down.is_contiguous()
+        assert self.up.is_contiguous()
+        gain = 0 if self.gain is None else self.gain.data_ptr()
+        return self.down.data_ptr(), self.up.data_ptr(), gain, len(self.down)
 
 
 @dataclass(eq=False)
@@ -35,7 +48,7 @@ class LoadedAdapter:
     factors: dict[str, Factors]
 
     def __post_init__(self) -> None:
-        self.rank = max(factors.down.shape[1] for factors in self.factors.values())
+        self.rank = max(len(factors.down) for factors in self.factors.values())
         self.has_gains = any(factors.gain is not None for factors in self.factors.values())  # DoRA
 
 
@@ -60,17 +73,28 @@ class Spread(NamedTuple):
     has_gains: bool
 
 
+class Listed(NamedTuple):
+    """Single tokens by adapter, for the kernel."""
+
+    kernels: CpuKernels
+    tokens: torch.Tensor  # int64 [tokens]: those of the first adapter, those of the next, ...
+    starts: torch.Tensor  # int64 [adapters + 1]: where in `tokens` each adapter's begin
+    factors: torch.Tensor  # int64 [adapters, layers of all groups, 4], as the kernel wants them
+    max_rank: int
+
+
 @dataclass
 class LoraPlan:
     """Which tokens of a step use which adapters."""
 
     pieces: list[Piece] = field(default_factory=list)
     spread: Spread | None = None
+    listed: Listed | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether no token has an adapter."""
-        return self.spread is None and not self.pieces
+        return self.spread is None and self.listed is None and not self.pieces
 
 
 class AdapterStack:
@@ -85,13 +109,23 @@ class AdapterStack:
         self.rank = 0
         self._held: list[str | None] = []  # the id of each slot's adapter
         self._groups: list[GroupFactors] = []
+        self._num_layers = 0  # of all groups
+        self._kernels = kernels_for(weight)
+        self._tables: WeakKeyDictionary[LoadedAdapter, torch.Tensor] = WeakKeyDictionary()
 
-    def add_group(self, group: GroupFactors) -> None:
-        """Let a group's factors be stacked here."""
+    def add_group(self, group: GroupFactors) -> int:
+        """Let a group's factors be found here; returns how many layers the groups before it have."""
         self._groups.append(group)
+        self._num_layers += len(group.names)
+        return self._num_layers - len(group.names)
 
     def set_plan(self, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]) -> None:
         """Prepare a step whose first tokens, one for each sequence, use these adapters."""
+        if self._kernels is not None:
+            long = [piece for piece in pieces if len(_span(piece)) >= _MANY]
+            short = [piece for piece in pieces if len(_span(piece)) < _MANY]
+            self.plan = LoraPlan(long, listed=self._listed(self._kernels, newest, short))
+            return
         self.plan = LoraPlan(list(pieces))
         used = {adapter.id: adapter for adapter in newest if adapter is not None}
         counts = Counter(adapter.id for adapter in newest if adapter is not None)
@@ -104,6 +138,34 @@ class AdapterStack:
         if used:
             self._seat(used)
             self.plan.spread = self._spread(newest, used, size=max(counts.values()))
+
+    def _listed(
+        self, kernels: CpuKernels, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]
+    ) -> Listed | None:
+        """The tokens by adapter; None if none has one."""
+        by_adapter: defaultdict[LoadedAdapter, list[int]] = defaultdict(list)
+        for piece in pieces:
+            by_adapter[piece.adapter] += _span(piece)
+        for token, adapter in enumerate(newest):
+            if adapter is not None:
+                by_adapter[adapter].append(token)
+        if not by_adapter:
+            return None
+        return Listed(
+            kernels,
+            tokens=torch.tensor([token for tokens in by_adapter.values() for token in tokens]),
+            starts=torch.tensor([0, *accumulate(map(len, by_adapter.values()))]),
+            factors=torch.stack([self._table(adapter) for adapter in by_adapter]),
+            max_rank=max(adapter.rank for adapter in by_adapter),
+        )
+
+    def _table(self, adapter: LoadedAdapter) -> torch.Tensor:
+        """int64 [layers of all groups, 4]: where an adapter's factors lie."""
+        if (table := self._tables.get(adapter)) is None:
+            found = (adapter.factors.get(name) for group in self._groups for name in group.names)
+            rows = [(0, 0, 0, 0) if factors is None else factors.addresses() for factors in found]
+            table = self._tables[adapter] = torch.tensor(rows)
+        return table
 
     def _spread(self, newest: Sequence[LoadedAdapter | None], used: dict[str, LoadedAdapter], size: int) -> Spread:
         """The tokens whose adapters are in `used`, at most `size` with each."""
@@ -162,7 +224,8 @@ class GroupFactors:
         self._stack = stack
         self._down = self._gain = torch.empty(0)  # [slots, members * rank, in], [slots, out of all]
         self._up: list[torch.Tensor] = []  # [slots, rank, out] of each member
-        stack.add_group(self)
+        self._first = stack.add_group(self)  # number of the first layer, over all groups
+        self._columns_at = torch.tensor([0, *accumulate(out_features)])  # where each layer's outputs begin
 
     @property
     def is_adapted(self) -> bool:
@@ -179,8 +242,8 @@ class GroupFactors:
             self._up[member][slot] = 0
             if (factors := adapter.factors.get(name)) is None:
                 continue
-            own = factors.down.shape[1]
-            self._down[slot, member * rank : member * rank + own] = factors.down.t()
+            own = len(factors.down)
+            self._down[slot, member * rank : member * rank + own] = factors.down
             self._up[member][slot, :own] = factors.up
             if factors.gain is not None:
                 self._gain[slot, self._columns(member)] = factors.gain
@@ -205,6 +268,10 @@ class GroupFactors:
         plan = self._stack.plan
         for piece in plan.pieces:
             self._adapt_piece(piece, x, y)
+        if (listed := plan.listed) is not None:
+            factors = listed.factors[:, self._first : self._first + len(self.names)]
+            where = listed.tokens, listed.starts, factors, self._columns_at
+            listed.kernels.adapt(y, x, self._bias, *where, listed.max_rank)
         if plan.spread is not None:
             self._adapt_spread(plan.spread, x, y)
         return y
@@ -214,7 +281,7 @@ class GroupFactors:
         for member, name in enumerate(self.names):
             if (factors := piece.adapter.factors.get(name)) is not None:
                 columns = own[:, self._columns(member)]
-                columns.addmm_(x @ factors.down, factors.up)
+                columns.addmm_(x @ factors.down.T, factors.up)
                 if factors.gain is not None:
                     _scale(columns, factors.gain, None if self._bias is None else self._bias[self._columns(member)])
         if not isinstance(piece.tokens, slice):
@@ -233,6 +300,12 @@ class GroupFactors:
             _scale(adapted, self._gain.index_select(0, spread.slot_of), self._bias)
         if not isinstance(spread.tokens, slice):
             y.index_copy_(0, spread.tokens, adapted)
+
+
+def _span(piece: Piece) -> range:
+    """The tokens of a piece of a prompt, which follow one another."""
+    assert isinstance(piece.tokens, slice)
+    return range(piece.tokens.start, piece.tokens.stop)
 
 
 def _taken(x: torch.Tensor, tokens: Tokens) -> torch.Tensor:

@@ -1,0 +1,175 @@
+"""Kernels of our own for bf16 on a CPU, between the matrix products: torch spends half of a decoding step on starting
+small operations. Compiled from `cpu_kernels.c` for the processor at hand when an engine starts, in half a second;
+without gcc, or in another dtype or on a GPU, torch's operations compute the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".c")
+# Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
+_FLAGS = (
+    "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC -shared"
+)
+_X86_FLAGS = ["-mprefer-vector-width=512"]
+_MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in the source
+_SIGNATURES = {
+    "rms_norm": [c_void_p] * 3 + [c_double] + [c_int64] * 2,
+    "silu_mul": [c_void_p] * 2 + [c_int64] * 2,
+    "rotate": [c_void_p] * 4 + [c_double] + [c_int64] * 4,
+    "attend": [
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_double, c_int64),
+    ],
+    "adapt": [c_void_p] * 5 + [c_int64, c_void_p, c_int64, c_void_p] + [c_int64] * 3 + [c_void_p],
+}
+
+
+def kernels_for(x: torch.Tensor) -> CpuKernels | None:
+    """The kernels, where they are for tensors like this one."""
+    return _load() if x.dtype is torch.bfloat16 and x.is_cpu else None
+
+
+@functools.cache
+def _load() -> CpuKernels | None:
+    """Compile and load, once in a process."""
+    compiler = shutil.which("gcc")  # whose OpenMP is torch's, so that both use the same threads
+    if compiler is None:
+        log.warning("gcc is not installed: bf16 models run without kernels of our own, at about half the speed")
+        return None
+    more = _X86_FLAGS if platform.machine() == "x86_64" else []
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        done = subprocess.run(
+            [compiler, *_FLAGS.split(), *more, "-o", str(library), str(_SOURCE)], capture_output=True, text=True
+        )
+        if done.returncode:
+            log.warning("gcc failed, bf16 models run without kernels of our own: %s", done.stderr)
+            return None
+        return CpuKernels(ctypes.PyDLL(str(library)))  # PyDLL: a kernel is too short to hand the interpreter over
+
+
+class CpuKernels:
+    """The functions of the source, on tensors."""
+
+    def __init__(self, library: ctypes.PyDLL) -> None:
+        for name, types in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+        self._library = library
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Of x [tokens, width]."""
+        assert x.is_contiguous()
+        out = torch.empty_like(x)
+        self._library.rms_norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) up [tokens, width] of [tokens, 2 * width]."""
+        assert gate_up.is_contiguous()
+        num_tokens, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(num_tokens, width)
+        self._library.silu_mul(out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
+        return out
+
+    def rotate(
+        self,
+        x: torch.Tensor,
+        num_heads: int,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        norms: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Rotary embedding by cosine and sine [tokens, size] of the first heads of x [tokens, all heads, size], in
+        place, after a norm with weights [heads, size]."""
+        assert x.is_contiguous()
+        assert cosine.is_contiguous()
+        assert sine.is_contiguous()
+        num_tokens, num_all, size = x.shape
+        weights = 0 if norms is None else norms.data_ptr()
+        self._library.rotate(
+            *(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), weights, eps),
+            *(num_tokens, num_all * size, num_heads, size),
+        )
+
+    @staticmethod
+    def can_attend(num_heads: int, num_kv_heads: int, size: int) -> bool:
+        """Whether `attend` has room for heads like these."""
+        return num_heads // num_kv_heads <= _MAX_GROUP and size <= _MAX_HEAD_SIZE
+
+    def attend(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        which: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Write keys and values of some tokens into the cache [2, rows, KV heads, capacity, size] and into `out`
+        [tokens, heads, size] what they attend to. `which` int64 [3, some]: their numbers, rows and positions."""
+        num_heads, size = query.shape[1:]
+        num_kv_heads = key.shape[1]
+        (q, q_stride), (k, k_stride), (v, v_stride) = map(_heads, (query, key, value))
+        if k_stride != v_stride:
+            k, v = k.contiguous(), v.contiguous()
+            k_stride = num_kv_heads * size
+        _, num_rows, _, capacity, _ = cache.shape
+        tokens, step = which.data_ptr(), which.stride(0) * which.itemsize
+        self._library.attend(
+            *(out.data_ptr(), q.data_ptr(), q_stride, k.data_ptr(), v.data_ptr(), k_stride),
+            *(cache.data_ptr(), num_rows, capacity, tokens, tokens + step, tokens + 2 * step, which.shape[1]),
+            *(num_heads, num_kv_heads, size, scale, window or 0),
+        )
+
+    def adapt(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        tokens: torch.Tensor,
+        starts: torch.Tensor,
+        factors: torch.Tensor,
+        columns: torch.Tensor,
+        max_rank: int,
+    ) -> None:
+        """Add to y [tokens, out of all layers] what adapters make of x [tokens, in].
+
+        `tokens` int64 lists those of each adapter, from starts[i] to starts[i + 1]; `factors` int64 [adapters, layers,
+        4], the last two contiguous, holds addresses of A [rank, in], B^T [rank, out] and of DoRA's fp32 gains [out]
+        (0: none), and the rank; `columns` int64 [layers + 1]: where each layer's outputs begin.
+        """
+        assert x.is_contiguous()
+        assert y.is_contiguous()
+        num_layers, width = factors.shape[1], x.shape[1]
+        scratch = torch.empty(len(tokens) * (width + num_layers * max_rank))
+        self._library.adapt(
+            *(y.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), tokens.data_ptr()),
+            *(starts.data_ptr(), len(factors), factors.data_ptr(), factors.stride(0) // 4, columns.data_ptr()),
+            *(num_layers, width, max_rank, scratch.data_ptr()),
+        )
+
+
+def _heads(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x [tokens, heads, size] with the heads of a token side by side, and numbers from token to token."""
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = x.contiguous()
+    return x, x.stride(0)

@@ -1,0 +1,113 @@
+"""The kernels for bf16 compute what torch computes from the formulas in fp32, within the rounding of bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from service.engine.native.cpu_kernels import CpuKernels, kernels_for
+from service.engine.native.runner import Feed, load_runner
+from tests.engine.models import FLAT, load_model
+
+CLOSE = {"rtol": 8e-3, "atol": 1e-4}  # two roundings
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+@pytest.fixture
+def kernels() -> CpuKernels:
+    torch.manual_seed(5)
+    found = kernels_for(bf16(1))
+    if found is None:
+        pytest.skip("gcc is not installed here")
+    return found
+
+
+def test_other_types_have_none() -> None:
+    assert kernels_for(torch.empty(1)) is None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 90])
+@pytest.mark.parametrize("width", [8, 37, 576])
+def test_norm_and_gate(kernels: CpuKernels, num_tokens: int, width: int) -> None:
+    x, weight = bf16(num_tokens, width), bf16(width)
+    expected = F.rms_norm(x.float(), (width,), weight.float(), 1e-5)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5).float(), expected, **CLOSE)
+    gate_up = bf16(num_tokens, 2 * width) * 8
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    torch.testing.assert_close(kernels.silu_mul(gate_up).float(), F.silu(gate) * up, **CLOSE)
+
+
+def test_what_is_not_finite_stays_so(kernels: CpuKernels) -> None:
+    x = torch.tensor([[float("nan"), float("inf"), 1e30, -1e30, 1.0, 1.0, 1.0, 1.0]]).bfloat16()
+    torch.testing.assert_close(kernels.silu_mul(x), F.silu(x[:, :4]) * x[:, 4:], equal_nan=True)
+    assert kernels.rms_norm(x, bf16(8), 1e-5).isnan().all()
+
+
+@pytest.mark.parametrize("size", [8, 20, 64])
+@pytest.mark.parametrize("is_normed", [False, True])
+def test_rotation_of_some_heads(kernels: CpuKernels, size: int, is_normed: bool) -> None:
+    x, angles = bf16(7, 5, size), torch.randn(7, size)
+    cosine, sine = angles.cos().bfloat16(), angles.sin().bfloat16()
+    norms = bf16(3, size) if is_normed else None
+    expected = x.float()
+    part = expected[:, :3]
+    if norms is not None:
+        part = (F.rms_norm(part, (size,), None, 1e-6) * norms.float()).bfloat16().float()
+    first, second = part.chunk(2, dim=-1)
+    turned = part * cosine.float()[:, None] + torch.cat([-second, first], dim=-1) * sine.float()[:, None]
+    kernels.rotate(x, 3, cosine, sine, norms, 1e-6)
+    torch.testing.assert_close(x[:, :3].float(), turned, rtol=8e-3, atol=1e-2)
+    assert torch.equal(x[:, 3:].float(), expected[:, 3:])
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 1, 20)])
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("is_side_by_side", [True, False])
+def test_attention_of_any_tokens(
+    kernels: CpuKernels, num_heads: int, num_kv_heads: int, size: int, window: int | None, is_side_by_side: bool
+) -> None:
+    """Newest tokens of long rows, and a piece of a prompt whose tokens see each other; rows that are not named stay."""
+    cache = bf16(2, 4, num_kv_heads, 300, size)
+    which = torch.tensor([[0, 2, 3, 4, 6], [1, 3, 3, 3, 0], [299, 10, 11, 12, 0]])
+    if is_side_by_side:
+        q, k, v = bf16(8, num_heads + 2 * num_kv_heads, size).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    else:
+        q, k, v = (bf16(heads, 8, size).transpose(0, 1) for heads in (num_heads, num_kv_heads, num_kv_heads))
+    expected_cache, out = cache.clone(), torch.full((8, num_heads, size), 7.0).bfloat16()
+    for token, row, position in which.T.tolist():
+        expected_cache[:, row, :, position] = torch.stack((k[token], v[token]))
+    kernels.attend(out, q, k, v, cache, which, scale=0.3, window=window)
+    assert torch.equal(cache, expected_cache)
+    for token, row, position in which.T.tolist():
+        start = max(0, position + 1 - window) if window else 0
+        keys, values = expected_cache[:, row, :, start : position + 1].float()
+        queries = q[token].float().view(num_kv_heads, -1, size)
+        expected = torch.softmax(0.3 * queries @ keys.transpose(1, 2), dim=-1) @ values
+        torch.testing.assert_close(out[token].float(), expected.view(num_heads, size), rtol=1e-2, atol=2e-3)
+    assert (out[[1, 5, 7]] == 7).all()
+
+
+@pytest.mark.parametrize("kind", FLAT)
+@torch.inference_mode()
+def test_the_fast_path_in_bf16_is_as_close_to_fp32_as_transformers_is(
+    kind: str, model_folders: dict[str, Path]
+) -> None:
+    """Short and long pieces of prompts and single tokens, of several sequences in one pass."""
+    folder, generator = model_folders[kind], torch.Generator().manual_seed(3)
+    ids = [torch.randint(256, (num,), generator=generator).tolist() for num in (5, 120, 60, 3)]
+    runner = load_runner(folder, "bf16", max_rows=4, with_adapters=False)
+    places = [runner.open(each, None, anew=True) for each in ids]
+    assert all(places)
+    starts = [0, 100, 20, 2]
+    runner.forward([Feed(p, i[:s], None, ends=False) for p, i, s in zip(places, ids, starts, strict=True) if s])
+    got = runner.forward([Feed(p, i[s:], None, ends=True) for p, i, s in zip(places, ids, starts, strict=True)])
+    exact, plain = load_model(folder), load_model(folder).bfloat16()
+    for row, each in zip(got, ids, strict=True):
+        expected, rounded = (model(torch.tensor([each])).logits[0, -1].float() for model in (exact, plain))
+        assert (row - expected).norm() <= 1.5 * (rounded - expected).norm() + 0.02 * expected.norm()
