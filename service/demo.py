@@ -39,9 +39,9 @@ def run_demo(home: Path | None, port: int | None) -> int:
         settings = Settings(home=folder, port=port or _free_port(), ray_address="", engine_num_cpus=0.4)
         console.print("Starting Ray and the service …")
         try:
-            with running_service(settings) as service:
+            with running_service(settings) as service, _insisting():
                 console.print(f"Ready at {service.url}")
-                with openai.OpenAI(base_url=service.url, api_key=service.admin_key) as client, _insisting():
+                with openai.OpenAI(base_url=service.url, api_key=service.admin_key) as client:
                     return _story(client)
         except UpError as error:
             console.print(f"[red]Error:[/] {escape(str(error))}")

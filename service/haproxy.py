@@ -1,7 +1,8 @@
-"""HAProxy as the HTTP edge, when the setting says so: its environment, its recorded process, and the end of orphans.
+"""HAProxy as the HTTP edge, when the setting says so: its environment, its recorded folder, and the end of orphans.
 
 Ray Serve (2.60) starts HAProxy below its proxy actor. If the cluster dies hard, HAProxy survives on its ports and
-answers 500 to everything. So its folder and process ids are recorded, and an orphan of ours is ended at the next start.
+answers 500 to everything. So its folder, which its command line names, is recorded, and an orphan of ours is ended at
+the next start.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def controller_options(settings: Settings) -> dict[str, Any] | None:
         return None
     # Not in the home: Serve puts a node's id into the path, and the path of a Unix socket may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="tunesmith-", dir="/tmp")
-    _record(settings, folder, [])
+    _record(settings, folder)
     variables = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
@@ -42,18 +43,12 @@ def controller_options(settings: Settings) -> dict[str, Any] | None:
     return {"runtime_env": {"env_vars": variables}}
 
 
-def record_pid(settings: Settings) -> None:
-    """Note the running HAProxy's process ids."""
-    if settings.use_haproxy and (folder := _recorded_folder(settings)):
-        _record(settings, folder, _find(folder))
-
-
 def end_orphan(settings: Settings) -> None:
     """End HAProxy processes of this home that outlived their cluster; processes of others are never touched."""
     folder = _recorded_folder(settings)
     if folder is None:
         return
-    for pid in _find(folder):  # by command line, not by the recorded ids: ids are reused
+    for pid in _find(folder):
         _end(pid)
     shutil.rmtree(folder, ignore_errors=True)
     _state_file(settings).unlink(missing_ok=True)
@@ -63,9 +58,9 @@ def _state_file(settings: Settings) -> Path:
     return settings.home_dir / "haproxy.json"
 
 
-def _record(settings: Settings, folder: str, pids: list[int]) -> None:
+def _record(settings: Settings, folder: str) -> None:
     fresh = _state_file(settings).with_suffix(".new")
-    fresh.write_text(json.dumps({"folder": folder, "pids": pids}))
+    fresh.write_text(json.dumps({"folder": folder}))
     fresh.replace(_state_file(settings))  # whole or not at all: a torn record would hide an orphan
 
 

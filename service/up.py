@@ -84,7 +84,6 @@ def running_service(settings: Settings, stop: threading.Event | None = None) -> 
         ensure_orchestrator(settings, instance_id)
         url = _run_gateways(settings, instance_id)
         _await_ready(url, stop or threading.Event())
-        haproxy.record_pid(settings)
         (settings.home_dir / "up.json").write_text(json.dumps({"pid": os.getpid(), "url": url + "/v1"}))
         yield Running(url + "/v1", admin_key, settings, instance_id)
 
