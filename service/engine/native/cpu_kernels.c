@@ -40,6 +40,11 @@ INLINE float exp_of(float x) { /* as in Cephes' expf; the relative error is belo
     return (p * r * r + r + 1.0f) * scale.value;
 }
 
+/* Fetch numbers that are read soon: rows are too short for the processor to foresee the next. Any address will do. */
+INLINE void prefetch(const bf16 *x, int64_t num) {
+    for (int64_t i = 0; i < num; i += 32) __builtin_prefetch(x + i);
+}
+
 /* Dot products of `a` with the first four of `num` rows, fewer where there are fewer. */
 INLINE void dots(float *out, const float *a, const bf16 *rows, int64_t stride, int64_t num, int64_t size) {
     for (int64_t j = 0; num < 4 && j < num; j++) {
@@ -121,9 +126,10 @@ void rotate(bf16 *x, const bf16 *cosine, const bf16 *sine, const bf16 *norms, do
     }
 }
 
-/* The query heads of one key head, in blocks of keys with a running maximum (Milakov & Gimelshein 2018). */
-INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const bf16 *values, int64_t first,
-                         int64_t last, float scale, int64_t group, int64_t size) {
+/* The query heads of one key head, in blocks of keys with a running maximum (Milakov & Gimelshein 2018); `next_keys`
+   are read after these. */
+INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const bf16 *values, const bf16 *next_keys,
+                         int64_t first, int64_t last, float scale, int64_t group, int64_t size) {
     float q[MAX_GROUP][MAX_SIZE], sums[MAX_GROUP][MAX_SIZE], p[MAX_GROUP][NUM_KEYS], most[MAX_GROUP], total[MAX_GROUP];
     for (int64_t g = 0; g < group; g++) {
         most[g] = -INFINITY, total[g] = 0;
@@ -133,8 +139,11 @@ INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const b
     for (int64_t start = first; start <= last; start += NUM_KEYS) {
         int64_t num = last + 1 - start < NUM_KEYS ? last + 1 - start : NUM_KEYS;
         const bf16 *k = keys + start * size, *v = values + start * size;
-        for (int64_t j = 0; j < num; j += 4)
+        const bf16 *next = last - start < NUM_KEYS ? next_keys : k + NUM_KEYS * size;
+        for (int64_t j = 0; j < num; j += 4) {
+            prefetch(v + j * size, 4 * size);
             for (int64_t g = 0; g < group; g++) dots(p[g] + j, q[g], k + j * size, size, num - j, size);
+        }
         for (int64_t g = 0; g < group; g++) {
             float now = most[g], sum = 0;
 #pragma omp simd reduction(max : now)
@@ -147,8 +156,10 @@ INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const b
 #pragma omp simd
             for (int64_t i = 0; i < size; i++) sums[g][i] *= kept;
         }
-        for (int64_t j = 0; j < num; j += 4)
+        for (int64_t j = 0; j < num; j += 4) {
+            prefetch(next + j * size, 4 * size);
             for (int64_t g = 0; g < group; g++) add_rows(sums[g], p[g] + j, v + j * size, size, num - j, size);
+        }
     }
     for (int64_t g = 0; g < group; g++)
 #pragma omp simd
@@ -174,25 +185,25 @@ void attend(bf16 *out, const bf16 *query, int64_t q_stride, const bf16 *key, con
                 memcpy(cache + to, key + from, size * sizeof(bf16));
                 memcpy(value_cache + to, value + from, size * sizeof(bf16));
             }
-#pragma omp for collapse(2) schedule(dynamic, 4)
+#pragma omp for collapse(2) schedule(static)
         for (int64_t t = 0; t < num; t++)
             for (int64_t h = 0; h < num_kv; h++) {
                 const bf16 *q = query + tokens[t] * q_stride + h * group * size;
                 const bf16 *k = cache + (rows[t] * num_kv + h) * head, *v = value_cache + (rows[t] * num_kv + h) * head;
                 bf16 *o = out + (tokens[t] * num_heads + h * group) * size;
                 int64_t last = positions[t], first = window && last >= window ? last - window + 1 : 0;
-                if (size == 64) attend_group(o, q, k, v, first, last, scale, group, 64);
-                else if (size == 128) attend_group(o, q, k, v, first, last, scale, group, 128);
-                else attend_group(o, q, k, v, first, last, scale, group, size);
+                if (size == 64) attend_group(o, q, k, v, k + head, first, last, scale, group, 64);
+                else if (size == 128) attend_group(o, q, k, v, k + head, first, last, scale, group, 128);
+                else attend_group(o, q, k, v, k + head, first, last, scale, group, size);
             }
     }
 }
 
 typedef struct {
-    const bf16 *down;  /* [rank, in]; null: the adapter leaves this layer alone */
+    const bf16 *down;  /* [rank, in] */
     const bf16 *up;    /* [rank, out], the scale inside */
     const float *gain; /* [out] of DoRA, or null */
-    int64_t rank;
+    int64_t rank;      /* 0: the adapter leaves this layer alone */
 } Factors;
 
 /* The second product of one adapter on `num` columns of one layer's output for one token, from column `first` on. */
@@ -210,9 +221,9 @@ INLINE void adapt_columns(bf16 *y, const float *low, const Factors *f, const bf1
     for (int64_t i = 0; i < num; i++) y[i] = narrow(sums[i]);
 }
 
-/* Adds to some tokens of y [tokens, out of all layers] what their adapters make of x [tokens, in]. The tokens listed from
-   starts[s] to starts[s + 1] have the adapter whose factors, one for each layer, are at factors + s * stride. Layer l
-   owns the columns from columns[l] to columns[l + 1]. `scratch` has room for [tokens, in + layers * max_rank]. */
+/* Adds to some tokens of y [tokens, out of all layers] what their adapters make of x [tokens, in]. The tokens listed
+   from starts[s] to starts[s + 1] have the adapter whose factors, one for each layer, are at factors + s * stride. Layer
+   l owns the columns from columns[l] to columns[l + 1]. `scratch` has room for [tokens, in + layers * max_rank]. */
 void adapt(bf16 *y, const bf16 *x, const bf16 *bias, const int64_t *tokens, const int64_t *starts, int64_t num_adapters,
            const Factors *factors, int64_t stride, const int64_t *columns, int64_t num_layers, int64_t in,
            int64_t max_rank, float *scratch) {
@@ -228,8 +239,10 @@ void adapt(bf16 *y, const bf16 *x, const bf16 *bias, const int64_t *tokens, cons
         for (int64_t s = 0; s < num_adapters; s++)
             for (int64_t l = 0; l < num_layers; l++)
                 for (int64_t r = 0; r < max_rank; r += 4) {
-                    const Factors *f = factors + s * stride + l;
-                    for (int64_t t = starts[s]; f->down && r < f->rank && t < starts[s + 1]; t++)
+                    const Factors *f = factors + s * stride + l, *next = l + 1 < num_layers ? f + 1 : f - l + stride;
+                    if ((s + 1 < num_adapters || l + 1 < num_layers) && r < next->rank)
+                        prefetch(next->down + r * in, 4 * in);
+                    for (int64_t t = starts[s]; r < f->rank && t < starts[s + 1]; t++)
                         dots(low + t * low_size + l * max_rank + r, scratch + t * in, f->down + r * in, in, f->rank - r,
                              in);
                 }
@@ -240,7 +253,9 @@ void adapt(bf16 *y, const bf16 *x, const bf16 *bias, const int64_t *tokens, cons
                     const Factors *f = factors + s * stride + l;
                     int64_t first = start > columns[l] ? start : columns[l];
                     int64_t end = start + NUM_COLUMNS < columns[l + 1] ? start + NUM_COLUMNS : columns[l + 1];
-                    for (int64_t t = starts[s]; f->down && first < end && t < starts[s + 1]; t++)
+                    for (int64_t r = 0; s + 1 < num_adapters && first < end && r < f[stride].rank; r++)
+                        prefetch(f[stride].up + r * (columns[l + 1] - columns[l]) + first - columns[l], end - first);
+                    for (int64_t t = starts[s]; f->rank && first < end && t < starts[s + 1]; t++)
                         adapt_columns(y + tokens[t] * out + first, low + t * low_size + l * max_rank, f,
                                       bias ? bias + first : 0, first - columns[l], end - first,
                                       columns[l + 1] - columns[l]);

@@ -69,13 +69,13 @@ class CpuKernels:
         for name, types in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
-        self._library = library
+        self.library = library
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Of x [tokens, width]."""
         assert x.is_contiguous()
         out = torch.empty_like(x)
-        self._library.rms_norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
+        self.library.rms_norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class CpuKernels:
         assert gate_up.is_contiguous()
         num_tokens, width = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(num_tokens, width)
-        self._library.silu_mul(out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
+        self.library.silu_mul(out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
         return out
 
     def rotate(
@@ -102,7 +102,7 @@ class CpuKernels:
         assert sine.is_contiguous()
         num_tokens, num_all, size = x.shape
         weights = 0 if norms is None else norms.data_ptr()
-        self._library.rotate(
+        self.library.rotate(
             *(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), weights, eps),
             *(num_tokens, num_all * size, num_heads, size),
         )
@@ -134,37 +134,47 @@ class CpuKernels:
             k_stride = num_kv_heads * size
         _, num_rows, _, capacity, _ = cache.shape
         tokens, step = which.data_ptr(), which.stride(0) * which.itemsize
-        self._library.attend(
+        self.library.attend(
             *(out.data_ptr(), q.data_ptr(), q_stride, k.data_ptr(), v.data_ptr(), k_stride),
             *(cache.data_ptr(), num_rows, capacity, tokens, tokens + step, tokens + 2 * step, which.shape[1]),
             *(num_heads, num_kv_heads, size, scale, window or 0),
         )
 
-    def adapt(
+
+class AdaptedTokens:
+    """Tokens by their adapters, for all layers of a step: what a call passes on is looked up once."""
+
+    def __init__(
         self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
+        kernels: CpuKernels,
         tokens: torch.Tensor,
         starts: torch.Tensor,
         factors: torch.Tensor,
-        columns: torch.Tensor,
+        *,
         max_rank: int,
+        max_width: int,
     ) -> None:
-        """Add to y [tokens, out of all layers] what adapters make of x [tokens, in].
+        """`tokens` int64 lists those of each adapter, from starts[i] to starts[i + 1]. `factors` int64 [adapters,
+        layers, 4] holds addresses of A [rank, in], B^T [rank, out] and of DoRA's fp32 gains [out] (0: none), and the
+        rank (0: an adapter leaves a layer alone). `max_width`: of the inputs and ranks of layers that are adapted
+        together."""
+        self._function = kernels.library.adapt
+        scratch = torch.empty(len(tokens) * max_width)
+        self._tensors = tokens, starts, factors, scratch  # as long as their addresses are in use
+        self._which = tokens.data_ptr(), starts.data_ptr(), len(factors)
+        self._factors, self._row_bytes = factors.data_ptr(), factors.shape[2] * factors.itemsize
+        self._stride, self._max_rank, self._scratch = factors.shape[1], max_rank, scratch.data_ptr()
 
-        `tokens` int64 lists those of each adapter, from starts[i] to starts[i + 1]; `factors` int64 [adapters, layers,
-        4], the last two contiguous, holds addresses of A [rank, in], B^T [rank, out] and of DoRA's fp32 gains [out]
-        (0: none), and the rank; `columns` int64 [layers + 1]: where each layer's outputs begin.
-        """
+    def adapt(
+        self, y: torch.Tensor, x: torch.Tensor, bias: int, first_layer: int, columns: int, num_layers: int
+    ) -> None:
+        """Add to y [tokens, out of some layers, side by side] what adapters make of x [tokens, in]. `columns` is the
+        address of int64 [layers + 1], where each layer's outputs begin; `bias` of the layers' own [out], or 0."""
         assert x.is_contiguous()
         assert y.is_contiguous()
-        num_layers, width = factors.shape[1], x.shape[1]
-        scratch = torch.empty(len(tokens) * (width + num_layers * max_rank))
-        self._library.adapt(
-            *(y.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), tokens.data_ptr()),
-            *(starts.data_ptr(), len(factors), factors.data_ptr(), factors.stride(0) // 4, columns.data_ptr()),
-            *(num_layers, width, max_rank, scratch.data_ptr()),
+        self._function(
+            *(y.data_ptr(), x.data_ptr(), bias, *self._which, self._factors + first_layer * self._row_bytes),
+            *(self._stride, columns, num_layers, x.shape[1], self._max_rank, self._scratch),
         )
 
 

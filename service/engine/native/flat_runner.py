@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -32,6 +32,7 @@ FLAT_MODEL_TYPES = frozenset(
 )
 _MEMORY_SHARE = {"cpu": 1 / 4, "cuda": 3 / 4}  # of the memory that is free after loading, for keys and values
 _PREFIX_SHARE = 1 / 4  # of the cache, beside it
+_NUM_QUERIES = 128  # of a piece at a time
 _MANY_SCORES = 8192  # tokens of a piece times keys, from which matrix products are faster than a kernel token by token
 
 
@@ -128,7 +129,7 @@ class FlatRunner:
     def _parts(self, newest: list[Feed], pieces: list[Feed], tokens: dict[int, slice]) -> list[Part]:
         """Who attends how; `tokens` says where in the flat row each feed lies."""
         if self._kernels is None:
-            return [*self._newest(newest), *(_piece(feed, tokens[id(feed)]) for feed in pieces)]
+            return [*self._newest(newest), *self._pieces(pieces, tokens)]
         long = [feed for feed in pieces if len(feed.token_ids) * _end(feed) > _MANY_SCORES]
         short = [*newest, *(feed for feed in pieces if len(feed.token_ids) * _end(feed) <= _MANY_SCORES)]
         which: defaultdict[Pool, list[tuple[int, int, int]]] = defaultdict(list)
@@ -140,7 +141,15 @@ class FlatRunner:
                 for number, position in zip(range(span.start, span.stop), range(row.length, _end(feed)), strict=True)
             ]
         scattered = [Scattered(self._kernels, pool, torch.tensor(of).T.contiguous()) for pool, of in which.items()]
-        return [*scattered, *(_piece(feed, tokens[id(feed)]) for feed in long)]
+        return [*scattered, *self._pieces(long, tokens)]
+
+    def _pieces(self, feeds: list[Feed], tokens: dict[int, slice]) -> Iterator[Piece]:
+        """On a CPU in parts whose scores stay near the processor; a part's tokens see no later ones."""
+        for feed in feeds:
+            span, most = tokens[id(feed)], _NUM_QUERIES if self.device.type == "cpu" else len(feed.token_ids)
+            for start in range(span.start, span.stop, most):
+                num_before = feed.place.length + start - span.start
+                yield Piece(feed.place, num_before, slice(start, min(start + most, span.stop)))
 
     def _newest(self, feeds: list[Feed]) -> list[Newest]:
         parts, start = [], 0
@@ -157,10 +166,6 @@ class FlatRunner:
             start += len(rows)
             parts.append(part)
         return parts
-
-
-def _piece(feed: Feed, tokens: slice) -> Piece:
-    return Piece(feed.place, feed.place.length, tokens)
 
 
 def _end(feed: Feed) -> int:

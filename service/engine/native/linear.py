@@ -41,12 +41,17 @@ class FusedLinear(nn.Module):
 
     def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + forward(x), both of two dimensions."""
-        if self.factors.is_adapted:
+        if self.factors.is_scaled:
             return residual + self(x)
         if self.weight.is_mkldnn:
-            added: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-            return added
-        return residual + self(x) if self.bias is not None else torch.addmm(residual, x, self.weight.t())
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        elif self.bias is None:
+            y = torch.addmm(residual, x, self.weight.t())
+        else:
+            y = residual + F.linear(x, self.weight, self.bias)
+        if self.factors.is_adapted:
+            self.factors.adapt(x, y)
+        return y
 
     def rows(self, member: int) -> torch.Tensor:
         """The weight [out, in] of one of the layers."""

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from service.engine.native.cpu_kernels import CpuKernels, kernels_for
+from service.engine.native.cpu_kernels import AdaptedTokens, CpuKernels, kernels_for
 
 _RANK_MULTIPLE = 8
 _MANY = 128  # tokens of a piece from which products of whole matrices are faster than the kernel
@@ -70,17 +70,6 @@ class Spread(NamedTuple):
     sources: Tokens  # [slots * tokens of a slot]: the token that is computed there, any where there is none
     places: Tokens  # [tokens]: where each token is computed
     slot_of: torch.Tensor  # int64 [tokens]
-    has_gains: bool
-
-
-class Listed(NamedTuple):
-    """Single tokens by adapter, for the kernel."""
-
-    kernels: CpuKernels
-    tokens: torch.Tensor  # int64 [tokens]: those of the first adapter, those of the next, ...
-    starts: torch.Tensor  # int64 [adapters + 1]: where in `tokens` each adapter's begin
-    factors: torch.Tensor  # int64 [adapters, layers of all groups, 4], as the kernel wants them
-    max_rank: int
 
 
 @dataclass
@@ -89,7 +78,8 @@ class LoraPlan:
 
     pieces: list[Piece] = field(default_factory=list)
     spread: Spread | None = None
-    listed: Listed | None = None
+    listed: AdaptedTokens | None = None  # for the kernel
+    has_gains: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -110,6 +100,7 @@ class AdapterStack:
         self._held: list[str | None] = []  # the id of each slot's adapter
         self._groups: list[GroupFactors] = []
         self._num_layers = 0  # of all groups
+        self._max_in_features = self._max_members = 0  # of any group
         self._kernels = kernels_for(weight)
         self._tables: WeakKeyDictionary[LoadedAdapter, torch.Tensor] = WeakKeyDictionary()
 
@@ -117,16 +108,19 @@ class AdapterStack:
         """Let a group's factors be found here; returns how many layers the groups before it have."""
         self._groups.append(group)
         self._num_layers += len(group.names)
+        self._max_in_features = max(self._max_in_features, group.in_features)
+        self._max_members = max(self._max_members, len(group.names))
         return self._num_layers - len(group.names)
 
     def set_plan(self, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]) -> None:
         """Prepare a step whose first tokens, one for each sequence, use these adapters."""
+        has_gains = any(used is not None and used.has_gains for used in (*newest, *(p.adapter for p in pieces)))
         if self._kernels is not None:
             long = [piece for piece in pieces if len(_span(piece)) >= _MANY]
             short = [piece for piece in pieces if len(_span(piece)) < _MANY]
-            self.plan = LoraPlan(long, listed=self._listed(self._kernels, newest, short))
+            self.plan = LoraPlan(long, listed=self._listed(self._kernels, newest, short), has_gains=has_gains)
             return
-        self.plan = LoraPlan(list(pieces))
+        self.plan = LoraPlan(list(pieces), has_gains=has_gains)
         used = {adapter.id: adapter for adapter in newest if adapter is not None}
         counts = Counter(adapter.id for adapter in newest if adapter is not None)
         for id, count in counts.most_common():
@@ -141,7 +135,7 @@ class AdapterStack:
 
     def _listed(
         self, kernels: CpuKernels, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]
-    ) -> Listed | None:
+    ) -> AdaptedTokens | None:
         """The tokens by adapter; None if none has one."""
         by_adapter: defaultdict[LoadedAdapter, list[int]] = defaultdict(list)
         for piece in pieces:
@@ -151,12 +145,14 @@ class AdapterStack:
                 by_adapter[adapter].append(token)
         if not by_adapter:
             return None
-        return Listed(
+        max_rank = max(adapter.rank for adapter in by_adapter)
+        return AdaptedTokens(
             kernels,
             tokens=torch.tensor([token for tokens in by_adapter.values() for token in tokens]),
             starts=torch.tensor([0, *accumulate(map(len, by_adapter.values()))]),
             factors=torch.stack([self._table(adapter) for adapter in by_adapter]),
-            max_rank=max(adapter.rank for adapter in by_adapter),
+            max_rank=max_rank,
+            max_width=self._max_in_features + self._max_members * max_rank,
         )
 
     def _table(self, adapter: LoadedAdapter) -> torch.Tensor:
@@ -181,9 +177,7 @@ class AdapterStack:
                 tokens.append(token)
                 places.append(place)
         slot_of = torch.tensor(places, device=self.device) // size
-        has_gains = any(adapter.has_gains for adapter in used.values())
-        where = self._tokens(places)
-        return Spread(num_slots, self._tokens(tokens), self._tokens(sources), where, slot_of, has_gains)
+        return Spread(num_slots, self._tokens(tokens), self._tokens(sources), self._tokens(places), slot_of)
 
     def _tokens(self, numbers: list[int]) -> Tokens:
         """A slice if they follow one another: it costs no copies."""
@@ -232,6 +226,11 @@ class GroupFactors:
         """Whether this step has adapters."""
         return not self._stack.plan.is_empty
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether one of them scales what a layer says, so that nothing else may be in it yet."""
+        return self._stack.plan.has_gains
+
     def seat(self, slot: int, rank: int, adapter: LoadedAdapter) -> None:
         """Write an adapter's factors into a slot, zeros where it has none."""
         if slot >= len(self._gain) or self._down.shape[1] != rank * len(self.names):
@@ -269,9 +268,8 @@ class GroupFactors:
         for piece in plan.pieces:
             self._adapt_piece(piece, x, y)
         if (listed := plan.listed) is not None:
-            factors = listed.factors[:, self._first : self._first + len(self.names)]
-            where = listed.tokens, listed.starts, factors, self._columns_at
-            listed.kernels.adapt(y, x, self._bias, *where, listed.max_rank)
+            bias = 0 if self._bias is None else self._bias.data_ptr()
+            listed.adapt(y, x, bias, self._first, self._columns_at.data_ptr(), len(self.names))
         if plan.spread is not None:
             self._adapt_spread(plan.spread, x, y)
         return y
@@ -296,7 +294,7 @@ class GroupFactors:
         ]
         found = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).flatten(0, 1)
         adapted = _taken(y, spread.tokens).add_(_taken(found, spread.places))
-        if spread.has_gains:
+        if self._stack.plan.has_gains:
             _scale(adapted, self._gain.index_select(0, spread.slot_of), self._bias)
         if not isinstance(spread.tokens, slice):
             y.index_copy_(0, spread.tokens, adapted)
