@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(256, ge=1, description="Requests that wait per replica before new ones get 429")
     max_resident_adapters: int = Field(32, ge=1, description="Adapters kept in memory per replica")
     coalesce_ms: float = Field(
-        30.0, ge=0, le=50, description="Longest time a token waits to be sent with the next ones"
+        30.0, ge=0, le=50, description="Shortest time between two messages of a stream; with many streams it is longer"
     )
 
     train_num_cpus: float = Field(1.0, gt=0, description="CPUs that each train worker reserves")

@@ -227,6 +227,7 @@ def serve_requests(
             logit_bias=tuple((body.logit_bias or {}).items()),
             top_k=max(0, body.top_k or 0),
             min_p=body.min_p or 0.0,
+            is_streamed=bool(body.stream),
             **options,
         )
         for number, prompt in enumerate(prompts)

@@ -1,13 +1,13 @@
 """Group a stream's deltas by time, so that a hop carries what several engine steps produced.
 
-The first delta leaves at once, later ones at most every `wait_s`: no token waits longer than that, and a stream slower
-than that never waits at all. Owns no clock but the event loop's.
+The first delta leaves at once, later ones at most every so many seconds: no token waits longer than that, and a stream
+slower than that never waits at all. Owns no clock but the event loop's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from service.engine.protocol import Delta
 
@@ -35,8 +35,9 @@ def _join(a: Delta, b: Delta) -> Delta:
     )
 
 
-async def coalesce(source: Deltas, wait_s: float) -> Deltas:
-    """The source's deltas in groups. Closing this closes the source; what the source raises comes after its output."""
+async def coalesce(source: Deltas, pause_s: Callable[[], float]) -> Deltas:
+    """The source's deltas in groups, after each of them the pause that holds then. Closing this closes the source; what
+    the source raises comes after its output."""
     inbox = _Inbox()
     pump = asyncio.create_task(inbox.fill(source))
     try:
@@ -47,7 +48,7 @@ async def coalesce(source: Deltas, wait_s: float) -> Deltas:
             if delay_s > 0:
                 await asyncio.wait({pump}, timeout=delay_s)  # ends early when the source does
             group = inbox.take()
-            next_at = asyncio.get_running_loop().time() + wait_s
+            next_at = asyncio.get_running_loop().time() + pause_s()
             if group:
                 yield merge(group)
         await pump  # raises what the source raised

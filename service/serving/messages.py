@@ -107,6 +107,7 @@ class ServeRequest:
     min_p: float = 0.0
     logprobs: int | None = None  # likeliest tokens to tell with each token; None: no log-probabilities
     echo: bool = False
+    is_streamed: bool = True  # whether the client sees the output as it comes
 
 
 @dataclass(frozen=True, slots=True)

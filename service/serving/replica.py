@@ -7,6 +7,7 @@ the native engine is built: this module can be shipped from a process without it
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -39,6 +40,9 @@ from training.render import Renderer
 from training.storage import Storage
 
 STATS_INTERVAL_S = 1.0
+_MESSAGES_PER_CORE_S = 100  # of the machine, for all streams of a replica together; their way takes a tenth of the core
+_NUM_CORES = os.cpu_count() or 1
+_UNSEEN_PAUSE_S = 1.0  # of an answer that is sent as a whole; what a broken-off one cost is known up to then
 
 Replies = AsyncGenerator[Accepted | list[Delta] | Refused, None]
 
@@ -62,6 +66,7 @@ class ReplicaCore:
         self._storage = storage
         self._deployable = deployable
         self._metrics = metrics if metrics is not None else Metrics()
+        self._num_requests = 0  # open ones
         self._num_loads_seen = self._num_preempted_seen = 0
         self._stats_task: asyncio.Task[None] | None = None
         self.engine: HealthyEngine
@@ -94,13 +99,14 @@ class ReplicaCore:
 
     async def generate(self, request: ServeRequest) -> Replies:
         """Answer one request: `Accepted` with the first deltas, more deltas; `Refused` may end it at any point."""
+        self._num_requests += 1
         try:
             adapter = await self._resident(request.target) if request.target.adapter is not None else None
             renderer = adapter.renderer if adapter is not None else self._renderer
             token_ids = await asyncio.to_thread(_render, renderer, request)
             limit = _max_tokens(request, len(token_ids), self._max_context(request.target))
             work = _engine_request(request, token_ids, limit, adapter)
-            async with aclosing(self._deltas(work)) as groups:
+            async with aclosing(self._deltas(request, work)) as groups:
                 is_first = True
                 async for deltas in groups:
                     yield _accepted(len(token_ids), deltas) if is_first else deltas
@@ -108,10 +114,19 @@ class ReplicaCore:
         except Exception as error:  # a process edge: errors travel as values, and faults of ours are logged here
             param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
             yield Refused(as_service_error(error, request.request_id, request.target.model_id, param))
+        finally:
+            self._num_requests -= 1
 
-    def _deltas(self, work: GenerateRequest) -> AsyncGenerator[list[Delta], None]:
+    def _deltas(self, request: ServeRequest, work: GenerateRequest) -> AsyncGenerator[list[Delta], None]:
         source = cast(AsyncGenerator[list[Delta], None], self.engine.generate(work))
-        return coalesce(source, self._settings.coalesce_ms / 1000)
+        return coalesce(source, lambda: self._pause_s(request))
+
+    def _pause_s(self, request: ServeRequest) -> float:
+        """Between two messages of a stream. The way of each to the client costs a millisecond of a core, which the engine
+        lacks where it shares the cores: so the streams of a replica share a number of messages."""
+        if not request.is_streamed:
+            return _UNSEEN_PAUSE_S
+        return max(self._settings.coalesce_ms / 1000, self._num_requests / (_MESSAGES_PER_CORE_S * _NUM_CORES))
 
     def _max_context(self, target: Target) -> int:
         return min(target.max_context, self.engine.max_context)

@@ -33,7 +33,7 @@ async def test_the_first_delta_leaves_at_once_and_later_ones_together() -> None:
 
     first_seen = asyncio.Event()
     groups = []
-    async for group in coalesce(source(), 60.0):  # a minute that nobody waits: the end of the source flushes
+    async for group in coalesce(source(), lambda: 60.0):  # a minute that nobody waits: the end of the source flushes
         groups.append(group)
         first_seen.set()
     assert groups == [[Delta(0, "0", 1)], [Delta(0, "123", 3, "stop")]]
@@ -44,7 +44,7 @@ async def test_an_error_comes_after_the_output_before_it() -> None:
         yield [Delta(0, "a", 1)]
         raise RuntimeError("broken")
 
-    groups = coalesce(source(), 0.0)
+    groups = coalesce(source(), lambda: 0.0)
     assert await anext(groups) == [Delta(0, "a", 1)]
     with pytest.raises(RuntimeError, match="broken"):
         await anext(groups)
@@ -60,6 +60,6 @@ async def test_closing_closes_the_source() -> None:
         finally:
             closed.set()
 
-    async with aclosing(coalesce(source(), 0.0)) as groups:
+    async with aclosing(coalesce(source(), lambda: 0.0)) as groups:
         await anext(groups)
     assert closed.is_set()
