@@ -122,8 +122,8 @@ class ReplicaCore:
         return coalesce(source, lambda: self._pause_s(request))
 
     def _pause_s(self, request: ServeRequest) -> float:
-        """Between two messages of a stream. The way of each to the client costs a millisecond of a core, which the engine
-        lacks where it shares the cores: so the streams of a replica share a number of messages."""
+        """Between two messages of a stream. The way of each to the client costs a millisecond of a core, which the
+        engine lacks where it shares the cores: so the streams of a replica share a number of messages."""
         if not request.is_streamed:
             return _UNSEEN_PAUSE_S
         return max(self._settings.coalesce_ms / 1000, self._num_requests / (_MESSAGES_PER_CORE_S * _NUM_CORES))

@@ -178,7 +178,11 @@ def _id(adapter: LoadedAdapter | None) -> str:
 
 
 def _rounded_tokens(num: int) -> int:
-    return num if num <= 8 else -(-num // 8) * 8 if num <= 64 else rounded(num)
+    """One of few sizes, for the products; finer than for attention, of which they are the larger part."""
+    if num <= 8 or num > 256:
+        return num if num <= 8 else rounded(num)
+    multiple = 8 if num <= 128 else 16
+    return -(-num // multiple) * multiple
 
 
 def _free_bytes(device: torch.device) -> float:
