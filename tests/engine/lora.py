@@ -21,7 +21,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, seed: int, rank: int =
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
             elif "lora_" in name:
                 parameter.normal_(std=0.3)
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 

@@ -36,9 +36,10 @@ async def test_adapters_mixed_in_a_batch_answer_like_merged_weights(
         "wide": {"rank": 9, "use_rslora": True, "lora_alpha": 3},
         "dora": {"rank": 4, "use_dora": True, "use_rslora": True, "alpha_pattern": {"v_proj": 3}},
         "pattern": {"rank": 3, "rank_pattern": {"k_proj": 5}, "alpha_pattern": {"q_proj": 2, "c_attn": 3}},
+        "head": {"rank": 4, "target_modules": ["lm_head", "q_proj"]} if kind == "llama" else {},  # others tie it
     }.items():
         save_adapter(load_model(folder), tmp_path / name, seed=len(name), **options)  # type: ignore[arg-type]
-    names = ["plain", None, "wide", "dora", "pattern", "plain", None, "dora", "pattern", "wide", "wide"]
+    names = ["plain", None, "wide", "dora", "head", "pattern", "plain", None, "dora", "head", "pattern", "wide", "wide"]
     async with running(native(folder, tokenizer=Ids(), max_batch_size=6)) as engine:
 
         async def one(number: int, name: str | None) -> tuple[tuple[int, ...], list[int]]:

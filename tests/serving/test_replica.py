@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -107,6 +108,25 @@ async def test_a_prompt_that_fills_the_context_is_refused_in_openais_words(core:
     with pytest.raises(InvalidRequest, match="you requested 257 tokens") as caught:
         await answer(core, request(world, max_tokens=252))
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+
+
+async def test_an_answer_that_nobody_watches_comes_in_few_messages_and_streams_share_theirs(world: World) -> None:
+    """60 tokens in 2 ms each, which a stream alone gets in many messages."""
+    settings = world.settings.model_copy(
+        update={"echo_token_interval_ms": 2.0, "coalesce_ms": 0.0, "max_batch_size": 400, "max_waiting": 400}
+    )
+    core = ReplicaCore(settings, world.storage, world.catalog.lookup(DEFAULT_PROJECT, BASE).deployable, Metrics())
+    await core.start()
+
+    async def num_messages(*, is_streamed: bool) -> int:
+        asked = request(world, prompt=TextPrompt("x" * 60), max_tokens=60, is_streamed=is_streamed)
+        return len([reply async for reply in core.generate(asked)])
+
+    alone = await num_messages(is_streamed=True)
+    in_company = await asyncio.gather(*(num_messages(is_streamed=True) for _ in range(300)))
+    unwatched = await num_messages(is_streamed=False)
+    await core.stop()
+    assert unwatched < sum(in_company) / len(in_company) + 1 < alone
 
 
 async def test_prompts_that_the_model_cannot_take_are_the_clients_fault(core: ReplicaCore, world: World) -> None:

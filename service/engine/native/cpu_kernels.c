@@ -13,7 +13,7 @@ typedef uint16_t bf16;
 #define MAX_GROUP 32    /* query heads of a key head; the limits are checked by the caller */
 #define MAX_SIZE 256    /* of a head */
 #define NUM_COLUMNS 256 /* of an output that are computed at a time */
-#define FEW 65536       /* numbers for which a second thread does not pay */
+#define FEW 16384       /* numbers for which a second thread does not pay */
 
 INLINE float wide(bf16 x) {
     union { uint32_t bits; float value; } u = {(uint32_t)x << 16};

@@ -161,6 +161,7 @@ class AdaptedTokens:
         self._function = kernels.library.adapt
         scratch = torch.empty(len(tokens) * max_width)
         self._tensors = tokens, starts, factors, scratch  # as long as their addresses are in use
+        self._num_tokens = int(tokens.max()) + 1  # at least, of any input
         self._which = tokens.data_ptr(), starts.data_ptr(), len(factors)
         self._factors, self._row_bytes = factors.data_ptr(), factors.shape[2] * factors.itemsize
         self._stride, self._max_rank, self._scratch = factors.shape[1], max_rank, scratch.data_ptr()
@@ -172,6 +173,7 @@ class AdaptedTokens:
         address of int64 [layers + 1], where each layer's outputs begin; `bias` of the layers' own [out], or 0."""
         assert x.is_contiguous()
         assert y.is_contiguous()
+        assert len(x) >= self._num_tokens
         self._function(
             *(y.data_ptr(), x.data_ptr(), bias, *self._which, self._factors + first_layer * self._row_bytes),
             *(self._stride, columns, num_layers, x.shape[1], self._max_rank, self._scratch),

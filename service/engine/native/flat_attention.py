@@ -69,6 +69,11 @@ class Scattered:
     pool: Pool
     which: torch.Tensor  # int64 [3, tokens]: numbers in the flat row, rows, positions
 
+    def __post_init__(self) -> None:
+        _, row, position = self.which.amax(dim=1).tolist()
+        assert row < self.pool.num_rows
+        assert position < self.pool.capacity
+
     def attend(
         self,
         out: torch.Tensor,

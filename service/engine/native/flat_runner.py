@@ -16,7 +16,7 @@ from service.engine.native.cpu_kernels import kernels_for
 from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Part, Piece, Scattered, rounded
 from service.engine.native.fused_layers import fuse
 from service.engine.native.kv_cache import KvCache, Pool, Row, StateShape, row_capacity
-from service.engine.native.linear import fuse_single, linear_layers
+from service.engine.native.linear import fuse_head, fuse_single, linear_layers
 from service.engine.native.lora import AdapterStack, LoadedAdapter
 from service.engine.native.lora import Piece as LoraPiece
 from service.engine.native.prefix_cache import PrefixCache
@@ -50,9 +50,10 @@ class FlatRunner:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_context = context_of(model)
         self._model = model
-        self._stack = AdapterStack(model)
+        self._stack, self._head_stack = AdapterStack(model), AdapterStack(model)
         model.set_attn_implementation(FLAT)
         fuse(model, self._stack)
+        fuse_head(model, self._head_stack)
         fuse_single(model, self._stack)
         self.layers = linear_layers(model) if with_adapters else {}
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -106,6 +107,9 @@ class FlatRunner:
         plan = AttentionPlan(self._parts(newest, pieces, tokens))
         adapted = [LoraPiece(tokens[id(feed)], feed.adapter) for feed in pieces if feed.adapter is not None]
         self._stack.set_plan([feed.adapter for feed in newest], adapted)
+        adapters = [feed.adapter for feed in feeds if feed.ends]
+        adapters += [feed.adapter for feed in feeds if feed.scores is not None for _ in feed.token_ids]
+        self._head_stack.set_plan(adapters, [])
         ends = [tokens[id(feed)].stop - 1 for feed in feeds if feed.ends]
         scored = [feed for feed in feeds if feed.scores is not None]
         kept = ends + [number for feed in scored for number in range(len(token_ids))[tokens[id(feed)]]]

@@ -52,13 +52,14 @@ class Pool:
         self.capacity = capacity
         self.rows: list[Row] = []  # the open ones
         self._shape = shape
+        self._num_touched = 0  # rows, the first ones, that hold finite numbers, used or not
         self.states = self._allocate(0)
 
     def _allocate(self, num_rows: int) -> torch.Tensor:
-        """[layers, 2, rows, heads, capacity, head size]. Zeros: what is masked is read, and must be finite."""
+        """[layers, 2, rows, heads, capacity, head size]; memory that nobody has touched costs nothing yet."""
         s = self._shape
         sizes = (s.num_layers, 2, num_rows, s.num_heads, self.capacity, s.head_size)
-        return torch.zeros(sizes, dtype=s.dtype, device=s.device)
+        return torch.empty(sizes, dtype=s.dtype, device=s.device)
 
     @property
     def num_rows(self) -> int:
@@ -69,6 +70,9 @@ class Pool:
         """One more row, where there is memory for it."""
         row = Row(self, len(self.rows))
         assert row.number < self.num_rows
+        if row.number == self._num_touched:  # what is masked is read, and must be finite
+            self.states[:, :, row.number] = 0
+            self._num_touched += 1
         self.rows.append(row)
         return row
 
@@ -84,7 +88,7 @@ class Pool:
         """Take memory for so many rows, at least the open ones."""
         states, kept = self._allocate(num_rows), len(self.rows)
         states[:, :, :kept] = self.states[:, :, :kept]
-        self.states = states
+        self.states, self._num_touched = states, kept
 
 
 class KvCache:
@@ -116,7 +120,7 @@ class KvCache:
         capacity = row_capacity(num_tokens)
         if self.num_held + capacity - row.pool.capacity > self.max_tokens:
             return False
-        longer = self._add(capacity)
+        longer = self._add(capacity, num_alike=len(row.pool.rows))
         longer.states(0, row.length).copy_(row.states(0, row.length))
         self.num_held += capacity - row.pool.capacity
         row.pool.remove(row)
@@ -129,12 +133,13 @@ class KvCache:
         self.num_held -= row.pool.capacity
         row.pool.remove(row)
 
-    def _add(self, capacity: int) -> Row:
+    def _add(self, capacity: int, num_alike: int = 0) -> Row:
+        """A new row; `num_alike` more may follow soon, as sequences of one length grow together."""
         if capacity not in self._pools:
             self._pools[capacity] = Pool(self.shape, capacity)
         pool = self._pools[capacity]
         if len(pool.rows) == pool.num_rows:
-            wanted = max(_FEWEST_ROWS, 2 * pool.num_rows)
+            wanted = max(_FEWEST_ROWS, 2 * pool.num_rows, pool.num_rows + num_alike)
             if self.num_allocated + (wanted - pool.num_rows) * capacity > self.max_tokens:
                 for other in self._pools.values():
                     if other.num_rows > len(other.rows):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from service.engine.native.lora import AdapterStack, GroupFactors
@@ -86,8 +87,19 @@ def fuse_single(model: nn.Module, stack: AdapterStack) -> None:
     """Replace every linear layer of a model that is left, each by itself."""
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, FusedLinear([module], [name], stack))
+            _replace(model, name, FusedLinear([module], [name], stack))
+
+
+def fuse_head(model: PreTrainedModel, stack: AdapterStack) -> None:
+    """Replace the head. It needs a stack of its own: of a step's tokens it reads only those whose logits are wanted."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    _replace(model, name, FusedLinear([head], [name], stack))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from service.engine.native import loop_attention
-from service.engine.native.linear import fuse_single, linear_layers
+from service.engine.native.linear import fuse_head, fuse_single, linear_layers
 from service.engine.native.lora import AdapterStack, LoadedAdapter, Piece
 from service.engine.native.row_cache import RowCache
 from service.engine.native.runner import Feed, context_of
@@ -48,8 +48,9 @@ class LoopRunner:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_context = context_of(model)
         self._model = model
-        self._stack = AdapterStack(model)
+        self._stack, self._head_stack = AdapterStack(model), AdapterStack(model)
         loop_attention.install(model)
+        fuse_head(model, self._head_stack)
         fuse_single(model, self._stack)
         self.layers = linear_layers(model) if with_adapters else {}
         parameters = inspect.signature(model.forward).parameters
@@ -97,6 +98,8 @@ class LoopRunner:
         start, stop = place.length, place.length + len(feed.token_ids)
         pieces = [Piece(slice(0, len(feed.token_ids)), feed.adapter)] if feed.adapter is not None else []
         self._stack.set_plan([], pieces)
+        reads_all = feed.scores is not None or not self._last_logits
+        self._head_stack.set_plan([feed.adapter] * (len(feed.token_ids) if reads_all else 1), [])
         positions = torch.arange(start, stop, device=self.device).unsqueeze(0)
         mask = torch.ones(1, stop, dtype=torch.bool, device=self.device)
         token_ids = torch.tensor([feed.token_ids], device=self.device)
@@ -134,7 +137,8 @@ class LoopRunner:
         """The newest token of every row; logits [vocabulary] by feed."""
         by_place = {id(feed.place): feed for feed in feeds}
         in_order = [by_place[id(place)] for place in self._rows]
-        self._stack.set_plan([feed.adapter for feed in in_order], [])
+        for stack in (self._stack, self._head_stack):
+            stack.set_plan([feed.adapter for feed in in_order], [])
         token_ids = torch.tensor([feed.token_ids for feed in in_order], device=self.device)
         positions, mask = self._cache.advance()
         logits = self._forward(token_ids, positions, mask, self._cache, self._last_logits)[:, -1].float()

@@ -99,7 +99,7 @@ class AdapterStack:
         self.rank = 0
         self._held: list[str | None] = []  # the id of each slot's adapter
         self._groups: list[GroupFactors] = []
-        self._num_layers = 0  # of all groups
+        self._names: set[str] = set()  # of all groups' layers
         self._max_in_features = self._max_members = 0  # of any group
         self._kernels = kernels_for(weight)
         self._tables: WeakKeyDictionary[LoadedAdapter, torch.Tensor] = WeakKeyDictionary()
@@ -107,13 +107,16 @@ class AdapterStack:
     def add_group(self, group: GroupFactors) -> int:
         """Let a group's factors be found here; returns how many layers the groups before it have."""
         self._groups.append(group)
-        self._num_layers += len(group.names)
+        first = len(self._names)
+        self._names.update(group.names)
         self._max_in_features = max(self._max_in_features, group.in_features)
         self._max_members = max(self._max_members, len(group.names))
-        return self._num_layers - len(group.names)
+        return first
 
     def set_plan(self, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]) -> None:
         """Prepare a step whose first tokens, one for each sequence, use these adapters."""
+        newest = [adapter if self._is_target(adapter) else None for adapter in newest]
+        pieces = [piece for piece in pieces if self._is_target(piece.adapter)]
         has_gains = any(used is not None and used.has_gains for used in (*newest, *(p.adapter for p in pieces)))
         if self._kernels is not None:
             long = [piece for piece in pieces if len(_span(piece)) >= _MANY]
@@ -132,6 +135,10 @@ class AdapterStack:
         if used:
             self._seat(used)
             self.plan.spread = self._spread(newest, used, size=max(counts.values()))
+
+    def _is_target(self, adapter: LoadedAdapter | None) -> bool:
+        """Whether it changes any layer here."""
+        return adapter is not None and not self._names.isdisjoint(adapter.factors)
 
     def _listed(
         self, kernels: CpuKernels, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]
