@@ -52,6 +52,7 @@ class Running:
     admin_key: str
     settings: Settings
     instance_id: str
+    dashboard_url: str  # Ray's own; empty where the cluster has none
 
 
 def main(settings: Settings) -> None:
@@ -63,6 +64,8 @@ def main(settings: Settings) -> None:
     with running_service(settings, stop) as service:
         console.print(f"[bold green]Tunesmith is ready[/] at {service.url}")
         console.print(f"The admin key lies in {settings.admin_key_file}. Press Ctrl-C to stop.")
+        if service.dashboard_url:
+            console.print(f"Ray's dashboard: {service.dashboard_url}")
         while not stop.wait(1.0):
             pass
         console.print("Stopping: open streams finish, running jobs write a checkpoint and go back to the queue …")
@@ -77,15 +80,15 @@ def running_service(settings: Settings, stop: threading.Event | None = None) -> 
         instance_id, admin_key = _prepare_state(settings)
         haproxy.end_orphan(settings)
         _check_port(settings)
-        owns_cluster = stack.enter_context(_cluster(settings))
-        stack.callback(_take_down, settings, instance_id, owns_cluster)
+        dashboard_url = stack.enter_context(_cluster(settings))
+        stack.callback(_take_down, settings, instance_id)
         _start_serve(settings)
         _refuse_second_node(settings)
         ensure_orchestrator(settings, instance_id)
         url = _run_gateways(settings, instance_id)
         _await_ready(url, stop or threading.Event())
         (settings.home_dir / "up.json").write_text(json.dumps({"pid": os.getpid(), "url": url + "/v1"}))
-        yield Running(url + "/v1", admin_key, settings, instance_id)
+        yield Running(url + "/v1", admin_key, settings, instance_id, dashboard_url)
 
 
 def serve_app(settings: dict[str, Any]) -> serve.Application:
@@ -173,13 +176,12 @@ def _check_port(settings: Settings) -> None:
 
 
 @contextmanager
-def _cluster(settings: Settings) -> Iterator[bool]:
-    """Connect to Ray; yields whether the cluster is ours. The dashboard stays on: without it Ray never frees the
+def _cluster(settings: Settings) -> Iterator[str]:
+    """Start or join Ray; yields its dashboard's address. The dashboard stays on: without it Ray never frees the
     resources of a killed training run (2.60)."""
-    owns = not settings.ray_address
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its news are not the user's
-    if owns:
-        ray.init(
+    if not settings.ray_address:
+        context = ray.init(
             address="local",
             include_dashboard=True,
             dashboard_host="127.0.0.1",
@@ -189,11 +191,11 @@ def _cluster(settings: Settings) -> Iterator[bool]:
         )
     else:
         try:
-            ray.init(address=settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise UpError(f"No Ray cluster answers at {settings.ray_address}: {error}") from None
     try:
-        yield owns
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
         haproxy.end_orphan(settings)
@@ -249,7 +251,7 @@ def _await_ready(url: str, stop: threading.Event) -> None:
         stop.wait(0.1)
 
 
-def _take_down(settings: Settings, instance_id: str, owns_cluster: bool) -> None:
+def _take_down(settings: Settings, instance_id: str) -> None:
     """Drain: jobs are requeued while open streams finish; then everything of ours goes."""
     orchestrator = find_orchestrator(instance_id)
     drained = orchestrator.drain.remote() if orchestrator is not None else None
@@ -261,6 +263,6 @@ def _take_down(settings: Settings, instance_id: str, owns_cluster: bool) -> None
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
             Console(stderr=True).print("A running job did not stop in time; it continues from its last checkpoint.")
         ray.kill(orchestrator)
-    if not owns_cluster:
+    if settings.ray_address:
         for name in own_app_names(instance_id):
             serve.delete(name)

@@ -8,6 +8,7 @@ from openai import BadRequestError, OpenAI
 from ray.util import placement_group, remove_placement_group
 from ray.util.state import list_actors
 
+from service.up import Running
 from tests.cluster.conftest import await_job, await_value
 from tests.cluster.curves import NUM_STEPS, create_job, last_step, losses
 from tests.cluster.processes import kill
@@ -27,12 +28,12 @@ def await_steps(client: OpenAI, job_id: str, num: int) -> None:
     await_value(lambda: last_step(client, job_id) >= num, f"{num} steps of {job_id}")
 
 
-def room_without_runs() -> float | None:
+def room_without_runs(dashboard_url: str) -> float | None:
     """CPUs that no actor was given; None while a run's driver or workers live.
 
     Not `ray.available_resources()`, which learns of what becomes free some time later.
     """
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
+    actors = list_actors(dashboard_url, filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
     if any(actor.class_name.startswith(("RunDriver", "TrainWorker", "RayTrainWorker")) for actor in actors):
         return None
     return ray.cluster_resources()["CPU"] - sum((actor.required_resources or {}).get("CPU", 0.0) for actor in actors)
@@ -64,9 +65,11 @@ def test_a_killed_run_driver_costs_no_step(client: OpenAI, undisturbed: dict[int
     assert losses(client, job_id) == undisturbed
 
 
-def test_a_range_of_workers_runs_with_what_has_room_and_gives_the_losses_of_all(client: OpenAI) -> None:
-    # Leave room for one worker of 0.4 CPU, also if an engine or two more come.
-    others = placement_group([{"CPU": await_value(room_without_runs, "the end of earlier runs") - 0.6}])
+def test_a_range_of_workers_runs_with_what_has_room_and_gives_the_losses_of_all(
+    client: OpenAI, service: Running
+) -> None:
+    room = await_value(lambda: room_without_runs(service.dashboard_url), "the end of earlier runs")
+    others = placement_group([{"CPU": room - 0.6}])  # leaves one worker's 0.4, also if an engine or two more come
     ray.get(others.ready())
     one = create_job(client, num_workers={"min": 1, "max": 2})
     await_job(client, one)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from service.engine.native import cpu_kernels
 from service.engine.native.adapters import load_adapter
 from service.engine.native.cpu_kernels import CpuKernels, kernels_for
 from service.engine.native.runner import Feed, load_runner
@@ -33,6 +34,12 @@ def kernels() -> CpuKernels:
 
 def test_other_types_have_none() -> None:
     assert kernels_for(torch.empty(1)) is None
+
+
+def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert cpu_kernels._load.__wrapped__() is None
+    assert "gcc is not installed" in caplog.text
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 90])

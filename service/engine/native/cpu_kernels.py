@@ -59,7 +59,11 @@ def _load() -> CpuKernels | None:
         if done.returncode:
             log.warning("gcc failed, bf16 models run without kernels of our own: %s", done.stderr)
             return None
-        return CpuKernels(ctypes.PyDLL(str(library)))  # PyDLL: a kernel is too short to hand the interpreter over
+        try:
+            return CpuKernels(ctypes.PyDLL(str(library)))  # PyDLL: a kernel is too short to hand the interpreter over
+        except OSError as error:  # a temporary folder from which nothing may be run
+            log.warning("bf16 models run without kernels of our own: %s", error)
+            return None
 
 
 class CpuKernels:

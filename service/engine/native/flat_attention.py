@@ -55,7 +55,7 @@ class AttentionPlan:
     ) -> torch.Tensor:
         """[tokens, heads, head size] of query [tokens, heads, head size] and key and value with perhaps fewer heads;
         keys and values go into the cache. Of padding, which belongs to no part, it is anything."""
-        out = query.new_zeros(query.shape)
+        out = query.new_empty(query.shape)
         for part in self.parts:
             part.attend(out, layer, query, key, value, scale, window)
         return out
