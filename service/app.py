@@ -72,6 +72,7 @@ def gateway_app(settings: Settings, instance_id: str) -> serve.Application:
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
+        logging_config={"enable_access_log": False},  # RequestContext logs every request
         ray_actor_options={"num_cpus": settings.gateway_num_cpus, "resources": settings.pin_resources},
     ).bind(settings.model_dump(), instance_id)
 

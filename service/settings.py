@@ -126,3 +126,10 @@ class Settings(BaseSettings):
             source, _, revision = source.partition("@")
             found.append((name, source, revision or None))
         return found
+
+
+def pace_serve() -> None:
+    """Slow down what Ray Serve does without a request, which by default takes 3 % of a core from the engines. The
+    processes of a Ray started after this inherit it; what the environment says already stays."""
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.4")  # default 0.1
+    os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "5000")  # default 100

@@ -69,16 +69,8 @@ class Orchestrator:
         """One round. LeaseLost when another orchestrator has taken over; everything else is logged and retried."""
         if not self._hold_lease():
             return
-        for step in (
-            self._clean,
-            self._plan,
-            self._run_tasks,
-            self._stop,
-            self._reap,
-            self._claim,
-            self._grow,
-            self._reconcile,
-        ):
+        work = (self._plan, self._run_tasks, self._stop, self._reap, self._claim, self._grow)
+        for step in (self._clean, *(work if self._has_work() else ()), self._reconcile):
             try:
                 step()
             except LeaseLost:
@@ -223,6 +215,14 @@ class Orchestrator:
         self._fleet.reconcile()
 
     # Helpers
+
+    def _has_work(self) -> bool:
+        """Whether anything is open. Asked first, because a tick without work should cost next to nothing: on a small
+        machine the engines need the processor."""
+        if self._drain_until is not None:
+            return True
+        with self._db.read() as tx:
+            return jobs.any_open(tx) or tasks.num_open(tx) > 0
 
     def _start_run(self, job: Job, num_workers: int) -> Run:
         assert self._epoch is not None

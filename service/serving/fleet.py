@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FULL_IDLE_S = 600.0  # a full model's last replica goes after so long without a request
 CHECKPOINT_IDLE_S = 60.0
 MAX_STREAM_S = 3600.0  # a deleted app's replicas finish their streams; none is cut before this
-CHECK_INTERVAL_S = 5.0  # without a change of the catalog, Serve is compared with what is wanted this often
+CHECK_INTERVAL_S = 15.0  # without a change of the catalog, Serve is compared with what is wanted this often
 REDEPLOY_AFTER_S = 30.0  # an app that failed to deploy is tried again no sooner
 
 

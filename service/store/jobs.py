@@ -96,6 +96,12 @@ def in_state(tx: Session, *states: JobState) -> list[Job]:
     return list(tx.scalars(select(Job).where(Job.state.in_(states)).order_by(Job.priority.desc(), Job.seq)))
 
 
+def any_open(tx: Session) -> bool:
+    """Whether any job is not over for good."""
+    states = [state for state in JobState if not state.is_terminal]
+    return tx.scalar(select(Job.id).where(Job.state.in_(states)).limit(1)) is not None
+
+
 def newest_succeeded(tx: Session, base_id: str, method: str, limit: int) -> list[Job]:
     """The last finished jobs of any project that trained this base by this method."""
     where = (Job.base_id == base_id, Job.method == method, Job.state == JobState.SUCCEEDED)
