@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 def first_words(path: Path) -> str:
     """The start of a module's docstring, or of a C file's first comment, up to its first full stop or colon."""
     source = path.read_text()
-    docstring = source.split("/*", 1)[1] if path.suffix == ".c" else ast.get_docstring(ast.parse(source)) or ""
+    docstring = source.split("/*", 1)[1] if path.suffix in (".c", ".h") else ast.get_docstring(ast.parse(source)) or ""
     return re.split(r"(?<=[.:;])\s|\n\n", " ".join(docstring.split()))[0].rstrip(".:;")
 
 
@@ -34,7 +34,7 @@ def tree_lines(folder: Path, depth: int) -> Iterator[str]:
             about = first_words(path / "__init__.py") if (path / "__init__.py").exists() else ""
             yield f"{'  ' * depth + path.name + '/':<30}{about}".rstrip()
             yield from tree_lines(path, depth + 1)
-        elif path.suffix in (".c", ".py") and path.name != "__init__.py":
+        elif path.suffix in (".c", ".h", ".py") and path.name != "__init__.py":
             yield f"{'  ' * depth + path.name:<30}{first_words(path)}"
 
 

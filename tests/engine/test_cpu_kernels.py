@@ -103,6 +103,30 @@ def test_attention_of_any_tokens(
     assert (out[[1, 5, 7]] == 7).all()
 
 
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 1, 20), (32, 1, 96)])
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize(("start", "num"), [(0, 1), (0, 70), (5, 64), (230, 7), (100, 200)])
+def test_attention_of_a_piece(
+    kernels: CpuKernels, num_heads: int, num_kv_heads: int, size: int, window: int | None, start: int, num: int
+) -> None:
+    """Also where a row holds what is no number behind its tokens, or in front of a window's first."""
+    if not kernels.can_attend_piece(size):
+        pytest.skip("this processor has no products of bf16")
+    cache = bf16(2, num_kv_heads, 300, size)
+    cache[:, :, start + num :] = float("nan")
+    q, k, v = bf16(num, num_heads + 2 * num_kv_heads, size).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    expected_cache, out = cache.clone(), torch.empty(num, num_heads, size).bfloat16()
+    expected_cache[:, :, start : start + num] = torch.stack((k, v)).transpose(1, 2)
+    kernels.attend_piece(out, q, k, v, cache, start, scale=0.3, window=window)
+    assert torch.equal(cache.nan_to_num(9), expected_cache.nan_to_num(9))
+    keys, values = expected_cache[:, :, : start + num].float().repeat_interleave(num_heads // num_kv_heads, dim=1)
+    distance = torch.arange(start, start + num)[:, None] - torch.arange(start + num)
+    unseen = (distance < 0) | (distance >= (window or 10**6))
+    scores = (0.3 * q.float().transpose(0, 1) @ keys.transpose(1, 2)).masked_fill(unseen, float("-inf"))
+    expected = (scores.softmax(dim=-1) @ values).transpose(0, 1)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=8e-3)
+
+
 @pytest.mark.parametrize("kind", [*FLAT, "gpt2"])
 @torch.inference_mode()
 def test_a_bf16_model_with_adapters_is_as_close_to_fp32_as_transformers_is(

@@ -1,6 +1,6 @@
 """Kernels of our own for bf16 on a CPU, between the matrix products: torch spends half of a decoding step on starting
-small operations. Compiled from `cpu_kernels.c` for the processor at hand when an engine starts, in half a second;
-without gcc, or in another dtype or on a GPU, torch's operations compute the same.
+small operations. Compiled from `cpu_kernels.c` and `cpu_attention.c` for the processor at hand when an engine starts,
+in half a second; without gcc, or in another dtype or on a GPU, torch's operations compute the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c")]
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
 _FLAGS = (
     "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC -shared"
@@ -33,6 +33,10 @@ _SIGNATURES = {
     "attend": [
         *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_double, c_int64),
+    ],
+    "attend_piece": [
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_double, c_int64),
     ],
     "adapt": [c_void_p] * 5 + [c_int64, c_void_p, c_int64, c_void_p] + [c_int64] * 3 + [c_void_p],
 }
@@ -54,7 +58,7 @@ def _load() -> CpuKernels | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
         done = subprocess.run(
-            [compiler, *_FLAGS.split(), *more, "-o", str(library), str(_SOURCE)], capture_output=True, text=True
+            [compiler, *_FLAGS.split(), *more, "-o", str(library), *map(str, _SOURCES)], capture_output=True, text=True
         )
         if done.returncode:
             log.warning("gcc failed, bf16 models run without kernels of our own: %s", done.stderr)
@@ -71,8 +75,8 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.PyDLL) -> None:
         for name, types in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = types, None
+            if (function := getattr(library, name, None)) is not None:
+                function.argtypes, function.restype = types, None
         self.library = library
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -130,17 +134,44 @@ class CpuKernels:
     ) -> None:
         """Write keys and values of some tokens into the cache [2, rows, KV heads, capacity, size] and into `out`
         [tokens, heads, size] what they attend to. `which` int64 [3, some]: their numbers, rows and positions."""
-        num_heads, size = query.shape[1:]
-        num_kv_heads = key.shape[1]
-        (q, q_stride), (k, k_stride), (v, v_stride) = map(_heads, (query, key, value))
-        if k_stride != v_stride:
-            k, v = k.contiguous(), v.contiguous()
-            k_stride = num_kv_heads * size
+        num_heads, num_kv_heads, size = query.shape[1], *key.shape[1:]
+        q, q_stride, k, v, k_stride = _heads_of_all(query, key, value)
         _, num_rows, _, capacity, _ = cache.shape
         tokens, step = which.data_ptr(), which.stride(0) * which.itemsize
         self.library.attend(
             *(out.data_ptr(), q.data_ptr(), q_stride, k.data_ptr(), v.data_ptr(), k_stride),
             *(cache.data_ptr(), num_rows, capacity, tokens, tokens + step, tokens + 2 * step, which.shape[1]),
+            *(num_heads, num_kv_heads, size, scale, window or 0),
+        )
+
+    def can_attend_piece(self, size: int) -> bool:
+        """Whether there is an `attend_piece` for heads of this size: it needs a processor with products of bf16."""
+        return hasattr(self.library, "attend_piece") and size % 2 == 0
+
+    def attend_piece(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        start: int,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """The same for all tokens of a piece of one prompt, with `start` tokens before it: out and query [tokens, heads,
+        size], cache [2, KV heads, capacity, size]."""
+        num, num_heads, size = query.shape
+        num_kv_heads = key.shape[1]
+        q, q_stride, k, v, k_stride = _heads_of_all(query, key, value)
+        keys, values = cache
+        assert out.is_contiguous()
+        assert keys.is_contiguous()
+        assert start + num <= keys.shape[1]
+        self.library.attend_piece(
+            *(out.data_ptr(), q.data_ptr(), q_stride, k.data_ptr(), v.data_ptr(), k_stride),
+            *(keys.data_ptr(), values.data_ptr(), keys.shape[1], start, num),
             *(num_heads, num_kv_heads, size, scale, window or 0),
         )
 
@@ -182,6 +213,17 @@ class AdaptedTokens:
             *(y.data_ptr(), x.data_ptr(), bias, *self._which, self._factors + first_layer * self._row_bytes),
             *(self._stride, columns, num_layers, x.shape[1], self._max_rank, self._scratch),
         )
+
+
+def _heads_of_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor, int]:
+    """Query and its numbers from token to token, key, value and theirs, which are the same for both."""
+    (q, q_stride), (k, k_stride), (v, v_stride) = map(_heads, (query, key, value))
+    if k_stride != v_stride:
+        k, v = k.contiguous(), v.contiguous()
+        k_stride = k.shape[1] * k.shape[2]
+    return q, q_stride, k, v, k_stride
 
 
 def _heads(x: torch.Tensor) -> tuple[torch.Tensor, int]:

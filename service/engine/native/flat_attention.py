@@ -1,9 +1,9 @@
 """Attention of one step over a flat row of tokens: one new token of each running sequence, then pieces of prompts.
 
 Registered with transformers as `FLAT`; a step's `AttentionPlan` travels to it through the model's keyword arguments.
-A bf16 model on a CPU has a kernel for single tokens and short pieces; else, grouped query heads are rows of one product
-with their keys. Numbers of keys and of queries are rounded up, because on a
-CPU oneDNN compiles a product anew for each shape that it meets; what is beyond is masked.
+A bf16 model on a CPU has kernels for single tokens and short pieces, and for long pieces; else, grouped query heads are
+rows of one product with their keys. Numbers of keys and of queries are rounded up, because on a CPU oneDNN compiles a
+product anew for each shape that it meets; what is beyond is masked.
 """
 
 from __future__ import annotations
@@ -87,6 +87,31 @@ class Scattered:
         """See Part."""
         cache = self.pool.states[layer]
         self.kernels.attend(out, query, key, value, cache, self.which, scale=scale, window=window)
+
+
+@dataclass
+class Whole:
+    """A piece of one prompt, for the kernel that takes its tokens together."""
+
+    kernels: CpuKernels
+    row: Row
+    start: int  # tokens before it
+    tokens: slice  # of the flat row
+
+    def attend(
+        self,
+        out: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """See Part."""
+        own, q, k, v = (x[self.tokens] for x in (out, query, key, value))
+        cache = self.row.pool.states[layer, :, self.row.number]
+        self.kernels.attend_piece(own, q, k, v, cache, self.start, scale=scale, window=window)
 
 
 @dataclass

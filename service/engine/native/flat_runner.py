@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from service.engine.native.cpu_kernels import kernels_for
-from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Part, Piece, Scattered, rounded
+from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Part, Piece, Scattered, Whole, rounded
 from service.engine.native.fused_layers import fuse
 from service.engine.native.kv_cache import KvCache, Pool, Row, StateShape, row_capacity
 from service.engine.native.linear import fuse_head, fuse_single, linear_layers
@@ -33,7 +33,9 @@ FLAT_MODEL_TYPES = frozenset(
 _MEMORY_SHARE = {"cpu": 1 / 4, "cuda": 3 / 4}  # of the memory that is free after loading, for keys and values
 _PREFIX_SHARE = 1 / 4  # of the cache, beside it
 _NUM_QUERIES = 128  # of a piece at a time
-_MANY_SCORES = 8192  # tokens of a piece times keys, from which matrix products are faster than a kernel token by token
+# Tokens of a piece times keys, from which it is faster to take its tokens together than one by one: by matrix products,
+# or by the kernel for that.
+_MANY_SCORES, _MANY_SCORES_OF_KERNEL = 8192, 2048
 
 
 class FlatRunner:
@@ -62,6 +64,8 @@ class FlatRunner:
         kernels = kernels_for(torch.empty(0, dtype=model.dtype, device=self.device))
         can_attend = kernels is not None and kernels.can_attend(config.num_attention_heads, num_heads, size)
         self._kernels = kernels if can_attend else None
+        self._has_piece_kernel = self._kernels is not None and self._kernels.can_attend_piece(size)
+        self._many_scores = _MANY_SCORES_OF_KERNEL if self._has_piece_kernel else _MANY_SCORES
         max_tokens = max_cache_tokens or min(
             max_rows * row_capacity(self.max_context), int(_free_bytes(self.device) // shape.token_bytes)
         )
@@ -134,8 +138,8 @@ class FlatRunner:
         """Who attends how; `tokens` says where in the flat row each feed lies."""
         if self._kernels is None:
             return [*self._newest(newest), *self._pieces(pieces, tokens)]
-        long = [feed for feed in pieces if len(feed.token_ids) * _end(feed) > _MANY_SCORES]
-        short = [*newest, *(feed for feed in pieces if len(feed.token_ids) * _end(feed) <= _MANY_SCORES)]
+        long = [feed for feed in pieces if len(feed.token_ids) * _end(feed) > self._many_scores]
+        short = [*newest, *(feed for feed in pieces if len(feed.token_ids) * _end(feed) <= self._many_scores)]
         which: defaultdict[Pool, list[tuple[int, int, int]]] = defaultdict(list)
         for feed in short:
             row: Row = feed.place
@@ -147,9 +151,13 @@ class FlatRunner:
         scattered = [Scattered(self._kernels, pool, torch.tensor(of).T.contiguous()) for pool, of in which.items()]
         return [*scattered, *self._pieces(long, tokens)]
 
-    def _pieces(self, feeds: list[Feed], tokens: dict[int, slice]) -> Iterator[Piece]:
-        """On a CPU in parts whose scores stay near the processor; a part's tokens see no later ones."""
+    def _pieces(self, feeds: list[Feed], tokens: dict[int, slice]) -> Iterator[Part]:
+        """On a CPU without kernel in parts whose scores stay near the processor; a part's tokens see no later ones."""
         for feed in feeds:
+            if self._has_piece_kernel:
+                assert self._kernels is not None
+                yield Whole(self._kernels, feed.place, feed.place.length, tokens[id(feed)])
+                continue
             span, most = tokens[id(feed)], _NUM_QUERIES if self.device.type == "cpu" else len(feed.token_ids)
             for start in range(span.start, span.stop, most):
                 num_before = feed.place.length + start - span.start
