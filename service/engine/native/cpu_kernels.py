@@ -1,6 +1,6 @@
 """Kernels of our own for bf16 on a CPU, between the matrix products: torch spends half of a decoding step on starting
 small operations. Compiled from `cpu_kernels.c` and `cpu_attention.c` for the processor at hand when an engine starts,
-in half a second; without gcc, or in another dtype or on a GPU, torch's operations compute the same.
+in a second; without gcc, or in another dtype or on a GPU, torch's operations compute the same.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class CpuKernels:
         scale: float,
         window: int | None,
     ) -> None:
-        """The same for all tokens of a piece of one prompt, with `start` tokens before it: out and query [tokens, heads,
-        size], cache [2, KV heads, capacity, size]."""
+        """The same for all tokens of a piece of one prompt, with `start` before it: out and query [tokens, heads, size],
+        cache [2, KV heads, capacity, size]."""
         num, num_heads, size = query.shape
         num_kv_heads = key.shape[1]
         q, q_stride, k, v, k_stride = _heads_of_all(query, key, value)
