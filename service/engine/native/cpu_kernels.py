@@ -160,8 +160,10 @@ class CpuKernels:
         scale: float,
         window: int | None,
     ) -> None:
-        """The same for all tokens of a piece of one prompt, with `start` before it: out and query [tokens, heads, size],
-        cache [2, KV heads, capacity, size]."""
+        """The same for all tokens of a piece of one prompt, with `start` tokens before it.
+
+        out and query [tokens, heads, size], cache [2, KV heads, capacity, size].
+        """
         num, num_heads, size = query.shape
         num_kv_heads = key.shape[1]
         q, q_stride, k, v, k_stride = _heads_of_all(query, key, value)
