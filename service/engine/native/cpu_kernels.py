@@ -1,6 +1,6 @@
-"""Kernels of our own for bf16 on a CPU, between the matrix products: torch spends half of a decoding step on starting
-small operations. Compiled from `cpu_kernels.c` and `cpu_attention.c` for the processor at hand when an engine starts,
-in a second; without gcc, or in another dtype or on a GPU, torch's operations compute the same.
+"""Kernels of our own for bf16 on a CPU: torch spends half of a decoding step on starting small operations, and its
+products of few tokens read weights at half the speed of the memory. Compiled from `cpu_*.c` for the processor at hand
+when an engine starts, in a second; without gcc, or in another dtype or on a GPU, torch's operations compute the same.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c", "cpu_linear.c")]
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
 _FLAGS = (
     "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC -shared"
 )
 _X86_FLAGS = ["-mprefer-vector-width=512"]
 _MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in the source
+_PANEL, _STEP = 32, 32  # as in cpu_linear.c: outputs, and inputs, that are multiplied at a time
 _SIGNATURES = {
+    "linear": [c_void_p] * 5 + [c_int64] * 3,
     "rms_norm": [c_void_p] * 3 + [c_double] + [c_int64] * 2,
     "silu_mul": [c_void_p] * 2 + [c_int64] * 2,
     "rotate": [c_void_p] * 4 + [c_double] + [c_int64] * 4,
@@ -78,6 +81,29 @@ class CpuKernels:
             if (function := getattr(library, name, None)) is not None:
                 function.argtypes, function.restype = types, None
         self.library = library
+
+    def can_multiply(self, num_inputs: int) -> bool:
+        """Whether there is a `linear` for so many: it needs a processor with products of bf16."""
+        return hasattr(self.library, "linear") and num_inputs % _STEP == 0
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        panels: torch.Tensor,
+        num_outputs: int,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x W^T + bias + residual [tokens, out] of x [tokens, in] and W as panels."""
+        assert x.is_contiguous()
+        assert residual is None or residual.is_contiguous()
+        num_tokens, num_inputs = x.shape
+        y = x.new_empty(num_tokens, num_outputs)
+        addresses = [0 if part is None else part.data_ptr() for part in (bias, residual)]
+        self.library.linear(
+            *(y.data_ptr(), x.data_ptr(), panels.data_ptr(), *addresses, num_tokens, num_inputs, num_outputs)
+        )
+        return y
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Of x [tokens, width]."""
@@ -176,6 +202,20 @@ class CpuKernels:
             *(keys.data_ptr(), values.data_ptr(), keys.shape[1], start, num),
             *(num_heads, num_kv_heads, size, scale, window or 0),
         )
+
+
+def panels_of(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] as `linear` wants it: [panels, steps, 2, pairs of inputs, 16 outputs, 2], zeros at the end."""
+    num_outputs, num_inputs = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -num_outputs % _PANEL))
+    parts = padded.view(-1, 2, _PANEL // 2, num_inputs // _STEP, _STEP // 2, 2)
+    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def weight_of(panels: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    """The weight [out, in] again."""
+    rows = panels.permute(0, 2, 4, 1, 3, 5).reshape(len(panels) * _PANEL, -1)
+    return rows[:num_outputs]
 
 
 class AdaptedTokens:

@@ -7,6 +7,7 @@ the only one that touches the model; the asyncio side alone counts places and ad
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -175,6 +176,7 @@ class NativeEngine:
         await asyncio.to_thread(self._thread.join)
         self._fail(self._failure or EngineFailed("the engine was stopped"))
         self._stepper = None
+        gc.unfreeze()
         if self._adapters is not None:
             self._adapters.clear()
 
@@ -241,6 +243,7 @@ class NativeEngine:
                 with_adapters=self._max_resident_adapters > 0,
                 max_cache_tokens=self._max_cache_tokens,
             )
+        gc.freeze()  # what was loaded stays: looking through it for garbage would take a tenth of the time
         return Stepper(
             runner,
             self._tokenizer,

@@ -1,7 +1,7 @@
 """Linear layers as the engine runs them: those that read the same input as one product, with their adapters.
 
-On a CPU the weights are laid out in advance as oneDNN's products want them, as vLLM and Inductor do: at the sizes of
-decoding, a product of bf16 takes half the time of one whose weights lie in rows.
+On a CPU the weights are laid out in advance: as our own kernel wants them, or else as oneDNN's products do. At the sizes
+of decoding, a product of bf16 takes half the time of one whose weights lie in rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from service.engine.native.cpu_kernels import kernels_for, panels_of, weight_of
 from service.engine.native.lora import AdapterStack, GroupFactors
 
 
@@ -28,14 +29,20 @@ class FusedLinear(nn.Module):
         assert len(biases) in (0, len(layers)), "layers that share an input have all a bias or none"
         self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         weight = rows[0] if len(rows) == 1 else torch.cat(rows)
-        self.weight = _packed(weight.detach())
+        kernels = kernels_for(weight)
+        self._kernels = kernels if kernels is not None and kernels.can_multiply(weight.shape[1]) else None
+        self.weight = panels_of(weight.detach()) if self._kernels else _packed(weight.detach())
         out_features = tuple(len(part) for part in rows)
+        self._num_outputs = sum(out_features)
         self.factors = GroupFactors(tuple(names), weight.shape[1], out_features, self.bias, stack)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out of all] of [..., in]; tokens are counted over all leading dimensions."""
         flat = x.reshape(-1, x.shape[-1])
-        y = _product(flat, self.weight, self.bias)
+        if self._kernels is not None:
+            y = self._kernels.linear(flat.contiguous(), self.weight, self._num_outputs, self.bias)
+        else:
+            y = _product(flat, self.weight, self.bias)
         if self.factors.is_adapted:
             self.factors.adapt(flat, y)
         return y.view(*x.shape[:-1], -1)
@@ -44,8 +51,11 @@ class FusedLinear(nn.Module):
         """residual + forward(x), both of two dimensions."""
         if self.factors.is_scaled:
             return residual + self(x)
-        if self.weight.is_mkldnn:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        y: torch.Tensor
+        if self._kernels is not None:
+            y = self._kernels.linear(x.contiguous(), self.weight, self._num_outputs, self.bias, residual)
+        elif self.weight.is_mkldnn:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         elif self.bias is None:
             y = torch.addmm(residual, x, self.weight.t())
         else:
@@ -56,7 +66,10 @@ class FusedLinear(nn.Module):
 
     def rows(self, member: int) -> torch.Tensor:
         """The weight [out, in] of one of the layers."""
-        dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        if self._kernels is not None:
+            dense = weight_of(self.weight, self._num_outputs)
+        else:
+            dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
         return dense.split(self.factors.out_features)[member]
 
 
