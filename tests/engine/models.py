@@ -22,7 +22,7 @@ REAL = Path(__file__).resolve().parents[2].parent / "shared" / "models"
 VOCABULARY = 260
 
 _HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "max_position_embeddings": 128}
-_ROTARY = {**_HEADS, "intermediate_size": 48, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+_ROTARY = {**_HEADS, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_ROTARY),
     "llama-wide": LlamaConfig(**_ROTARY | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from service.engine.native import cpu_kernels
 from service.engine.native.adapters import load_adapter
-from service.engine.native.cpu_kernels import CpuKernels, kernels_for
+from service.engine.native.cpu_kernels import CpuKernels, kernels_for, panels_of, weight_of
 from service.engine.native.runner import Feed, load_runner
 from service.engine.protocol import AdapterRef
 from tests.engine.lora import merged, save_adapter
 from tests.engine.models import FLAT, load_model
-
-CLOSE = {"rtol": 8e-3, "atol": 1e-4}  # two roundings
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -42,38 +41,72 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, capl
     assert "gcc is not installed" in caplog.text
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 90])
-@pytest.mark.parametrize("width", [8, 37, 576])
-def test_norm_and_gate(kernels: CpuKernels, num_tokens: int, width: int) -> None:
-    x, weight = bf16(num_tokens, width), bf16(width)
-    expected = F.rms_norm(x.float(), (width,), weight.float(), 1e-5)
-    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5).float(), expected, **CLOSE)
-    gate_up = bf16(num_tokens, 2 * width) * 8
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    torch.testing.assert_close(kernels.silu_mul(gate_up).float(), F.silu(gate) * up, **CLOSE)
+@pytest.mark.parametrize("num_tokens", [1, 2, 13, 16, 33, 100])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(32, 7), (576, 96), (96, 100)])
+@pytest.mark.parametrize("without", [[], ["-mno-amx-bf16"], ["-mno-amx-bf16", "-mno-avx512bf16"]])
+@pytest.mark.usefixtures("kernels")
+def test_products(num_tokens: int, num_inputs: int, num_outputs: int, without: list[str]) -> None:
+    """By a processor's products of tiles and of vectors, where it has them, and by plain ones."""
+    if without and platform.machine() != "x86_64":
+        pytest.skip("flags of another processor")
+    kernels = cpu_kernels._load(*without)
+    assert kernels is not None
+    x, weight, bias = bf16(num_tokens, num_inputs), bf16(num_outputs, num_inputs), bf16(num_outputs)
+    residual = bf16(num_tokens, num_outputs)
+    panels = panels_of(weight)
+    assert torch.equal(weight_of(panels, num_outputs), weight)
+    expected = x.float() @ weight.float().T
+    close = {"rtol": 8e-3, "atol": 1e-2}
+    torch.testing.assert_close(kernels.linear(x, panels, num_outputs, None).float(), expected, **close)
+    expected += bias.float() + residual.float()
+    torch.testing.assert_close(kernels.linear(x, panels, num_outputs, bias, residual).float(), expected, **close)
 
 
-def test_what_is_not_finite_stays_so(kernels: CpuKernels) -> None:
-    x = torch.tensor([[float("nan"), float("inf"), 1e30, -1e30, 1.0, 1.0, 1.0, 1.0]]).bfloat16()
-    torch.testing.assert_close(kernels.silu_mul(x), F.silu(x[:, :4]) * x[:, 4:], equal_nan=True)
-    assert kernels.rms_norm(x, bf16(8), 1e-5).isnan().all()
+FUSED = ("llama", "mistral-window", "qwen2", "qwen3")
 
 
-@pytest.mark.parametrize("size", [8, 20, 64])
-@pytest.mark.parametrize("is_normed", [False, True])
-def test_rotation_of_some_heads(kernels: CpuKernels, size: int, is_normed: bool) -> None:
-    x, angles = bf16(7, 5, size), torch.randn(7, size)
-    cosine, sine = angles.cos().bfloat16(), angles.sin().bfloat16()
-    norms = bf16(3, size) if is_normed else None
-    expected = x.float()
-    part = expected[:, :3]
-    if norms is not None:
-        part = (F.rms_norm(part, (size,), None, 1e-6) * norms.float()).bfloat16().float()
-    first, second = part.chunk(2, dim=-1)
-    turned = part * cosine.float()[:, None] + torch.cat([-second, first], dim=-1) * sine.float()[:, None]
-    kernels.rotate(x, 3, cosine, sine, norms, 1e-6)
-    torch.testing.assert_close(x[:, :3].float(), turned, rtol=8e-3, atol=1e-2)
-    assert torch.equal(x[:, 3:].float(), expected[:, 3:])
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("use_dora", [None, False, True])
+@torch.inference_mode()
+def test_a_layer_in_one_call_is_what_torch_makes_of_it(
+    kind: str, use_dora: bool | None, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """In one pass: single tokens, short and long pieces of prompts, with and without an adapter."""
+    folder, generator = model_folders[kind], torch.Generator().manual_seed(3)
+    ids = [torch.randint(256, (num,), generator=generator).tolist() for num in (1, 1, 7, 100)]
+    if use_dora is not None:
+        with torch.inference_mode(False):
+            save_adapter(load_model(folder), tmp_path / "adapter", seed=1, use_dora=use_dora)
+    logits = []
+    for is_by_kernel in (True, False):
+        runner = load_runner(folder, "bf16", max_rows=4, with_adapters=True)
+        layers: Any = runner._model.model.layers  # type: ignore[attr-defined]
+        if any(layer.kernel is None for layer in layers):
+            pytest.skip("gcc is not installed here")
+        if not is_by_kernel:
+            for layer in layers:
+                layer.kernel = None
+        adapter = None
+        if use_dora is not None:
+            adapter = load_adapter(AdapterRef("a", tmp_path / "adapter"), runner.layers)
+        adapters = [None, adapter, adapter, None]
+        feeds = [
+            Feed(runner.open(each, own, anew=True), each, own, True) for each, own in zip(ids, adapters, strict=True)
+        ]
+        logits.append(runner.forward(feeds))
+    got, expected = logits
+    assert ((got - expected).norm(dim=-1) <= 0.03 * expected.norm(dim=-1)).all()
+
+
+@torch.inference_mode()
+def test_what_is_no_number_stays_so_and_stays_by_itself(model_folders: dict[str, Path]) -> None:
+    runner = load_runner(model_folders["llama"], "bf16", max_rows=2, with_adapters=False)
+    feeds = [Feed(runner.open([token], None, anew=True), [token], None, True) for token in (1, 2)]
+    embeddings: Any = runner._model.get_input_embeddings()  # type: ignore[attr-defined]
+    embeddings.weight[2] = float("nan")
+    logits = runner.forward(feeds)
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 1, 20)])
@@ -147,9 +180,11 @@ def test_a_bf16_model_with_adapters_is_as_close_to_fp32_as_transformers_is(
     sequences = list(zip(places, ids, adapters, starts, strict=True))
     runner.forward([Feed(place, each[:start], adapter, False) for place, each, adapter, start in sequences if start])
     got = runner.forward([Feed(place, each[start:], adapter, True) for place, each, adapter, start in sequences])
-    for row, each, name in zip(got, ids, names, strict=True):
+    expected, rounded = [], []
+    for each, name in zip(ids, names, strict=True):
         with torch.inference_mode(False):
             exact = load_model(folder) if name is None else merged(load_model(folder), tmp_path / name)
-        expected = exact(torch.tensor([each])).logits[0, -1].float()
-        rounded = exact.bfloat16()(torch.tensor([each])).logits[0, -1].float()
-        assert (row - expected).norm() <= 2 * (rounded - expected).norm() + 0.05 * expected.norm()
+        expected.append(exact(torch.tensor([each])).logits[0, -1].float())
+        rounded.append(exact.bfloat16()(torch.tensor([each])).logits[0, -1].float())
+    right = torch.stack(expected)
+    assert (got - right).norm() <= 2 * (torch.stack(rounded) - right).norm() + 0.05 * right.norm()

@@ -1,6 +1,6 @@
 /* Attention in bf16 on a CPU, over keys and values in the cache: of any tokens one by one, and of a piece of a prompt. */
 
-#include "cpu_vectors.h"
+#include "cpu_kernels.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -50,37 +50,36 @@ INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const b
         for (int64_t i = 0; i < size; i++) out[g * size + i] = narrow(sums[g][i] / total[g]);
 }
 
-/* Some tokens of a step, given by their numbers: their keys and values go into the cache [2, rows, key heads, capacity,
-   size], then each attends to what its row holds up to its own position, or to the last `window` of that. Heads of a
-   token lie side by side; from token to token it is `q_stride` in the queries, `kv_stride` in keys and values. */
-void attend(bf16 *out, const bf16 *query, int64_t q_stride, const bf16 *key, const bf16 *value, int64_t kv_stride,
-            bf16 *cache, int64_t num_rows, int64_t capacity, const int64_t *tokens, const int64_t *rows,
-            const int64_t *positions, int64_t num, int64_t num_heads, int64_t num_kv, int64_t size, double scale,
-            int64_t window) {
-    int64_t group = num_heads / num_kv, head = capacity * size;
+void attend_tokens(const Heads *heads, bf16 *cache, int64_t num_rows, int64_t capacity, const int64_t *tokens,
+                   const int64_t *rows, const int64_t *positions, int64_t num) {
+    int64_t num_kv = heads->num_kv, size = heads->size, group = heads->num_heads / num_kv, head = capacity * size;
     bf16 *value_cache = cache + num_rows * num_kv * head;
-#pragma omp parallel
-    {
 #pragma omp for
-        for (int64_t t = 0; t < num; t++)
-            for (int64_t h = 0; h < num_kv; h++) {
-                int64_t from = tokens[t] * kv_stride + h * size;
-                int64_t to = (rows[t] * num_kv + h) * head + positions[t] * size;
-                memcpy(cache + to, key + from, size * sizeof(bf16));
-                memcpy(value_cache + to, value + from, size * sizeof(bf16));
-            }
+    for (int64_t t = 0; t < num; t++)
+        for (int64_t h = 0; h < num_kv; h++) {
+            int64_t from = tokens[t] * heads->kv_stride + h * size;
+            int64_t to = (rows[t] * num_kv + h) * head + positions[t] * size;
+            memcpy(cache + to, heads->key + from, size * sizeof(bf16));
+            memcpy(value_cache + to, heads->value + from, size * sizeof(bf16));
+        }
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t t = 0; t < num; t++)
-            for (int64_t h = 0; h < num_kv; h++) {
-                const bf16 *q = query + tokens[t] * q_stride + h * group * size;
-                const bf16 *k = cache + (rows[t] * num_kv + h) * head, *v = value_cache + (rows[t] * num_kv + h) * head;
-                bf16 *o = out + (tokens[t] * num_heads + h * group) * size;
-                int64_t last = positions[t], first = window && last >= window ? last - window + 1 : 0;
-                if (size == 64) attend_group(o, q, k, v, k + head, first, last, scale, group, 64);
-                else if (size == 128) attend_group(o, q, k, v, k + head, first, last, scale, group, 128);
-                else attend_group(o, q, k, v, k + head, first, last, scale, group, size);
-            }
-    }
+    for (int64_t t = 0; t < num; t++)
+        for (int64_t h = 0; h < num_kv; h++) {
+            const bf16 *q = heads->query + tokens[t] * heads->q_stride + h * group * size;
+            const bf16 *k = cache + (rows[t] * num_kv + h) * head, *v = value_cache + (rows[t] * num_kv + h) * head;
+            bf16 *o = heads->out + (tokens[t] * heads->num_heads + h * group) * size;
+            int64_t last = positions[t], window = heads->window;
+            int64_t first = window && last >= window ? last - window + 1 : 0;
+            if (size == 64) attend_group(o, q, k, v, k + head, first, last, heads->scale, group, 64);
+            else if (size == 128) attend_group(o, q, k, v, k + head, first, last, heads->scale, group, 128);
+            else attend_group(o, q, k, v, k + head, first, last, heads->scale, group, size);
+        }
+}
+
+void attend(const Heads *heads, bf16 *cache, int64_t num_rows, int64_t capacity, const int64_t *tokens,
+            const int64_t *rows, const int64_t *positions, int64_t num) {
+#pragma omp parallel
+    attend_tokens(heads, cache, num_rows, capacity, tokens, rows, positions, num);
 }
 
 #ifdef __AVX512BF16__
@@ -194,50 +193,60 @@ static void attend_rows(Query *queries, float *sums, int64_t columns, int64_t nu
                 kept[r] = weigh(weights[r], scores[r], &q[r].most, &q[r].total, scale,
                                 window ? q[r].last + 1 - window - start : 0, q[r].last - start);
             for (int64_t c = 0; c < size; c += NUM_TOGETHER)
-                product(sums + (q - queries) * columns + c, columns, kept, weight_rows, packed_values + c * NUM_TOGETHER / 2,
-                        NUM_TOGETHER / 2);
+                product(sums + (q - queries) * columns + c, columns, kept, weight_rows,
+                        packed_values + c * NUM_TOGETHER / 2, NUM_TOGETHER / 2);
         }
     }
 }
 
-/* A piece of one prompt: its keys and values go into its row of the cache, `keys` and `values` [key heads, capacity,
-   size], from `start` on, then each of its tokens attends as in `attend`. Heads have even sizes. */
-void attend_piece(bf16 *out, const bf16 *query, int64_t q_stride, const bf16 *key, const bf16 *value, int64_t kv_stride,
-                  bf16 *keys, bf16 *values, int64_t capacity, int64_t start, int64_t num, int64_t num_heads,
-                  int64_t num_kv, int64_t size, double scale, int64_t window) {
-    int64_t group = num_heads / num_kv, head = capacity * size, step = MAX_ROWS / group, half = (num + 1) / 2;
-    step = half < step ? half : step; /* so that short pieces, too, occupy several threads */
+/* The queries of some tokens of a piece, from `from` to `end`, of one key head `h`. */
+static void attend_part(const Heads *heads, const bf16 *keys, const bf16 *values, int64_t first, int64_t start,
+                        int64_t from, int64_t end, int64_t h) {
+    Query queries[MAX_ROWS];
+    float sums[MAX_ROWS * MAX_SIZE];
+    int64_t size = heads->size, group = heads->num_heads / heads->num_kv, window = heads->window, num = 0;
     int64_t columns = (size + NUM_TOGETHER - 1) / NUM_TOGETHER * NUM_TOGETHER;
-#pragma omp parallel
-    {
-#pragma omp for collapse(2)
-        for (int64_t t = 0; t < num; t++)
-            for (int64_t h = 0; h < num_kv; h++) {
-                memcpy(keys + h * head + (start + t) * size, key + t * kv_stride + h * size, size * sizeof(bf16));
-                memcpy(values + h * head + (start + t) * size, value + t * kv_stride + h * size, size * sizeof(bf16));
-            }
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t h = 0; h < num_kv; h++)
-            for (int64_t from = 0; from < num; from += step) {
-                Query queries[MAX_ROWS];
-                float sums[MAX_ROWS * MAX_SIZE];
-                int64_t end = from + step < num ? from + step : num, count = 0;
-                for (int64_t g = 0; g < group; g++)
-                    for (int64_t t = from; t < end; t++)
-                        queries[count++] = (Query){query + t * q_stride + (h * group + g) * size, start + t, -1e30f, 0};
-                int64_t rows = (count + NUM_ROWS - 1) / NUM_ROWS * NUM_ROWS;
-                for (int64_t r = count; r < rows; r++) queries[r] = queries[count - 1];
-                memset(sums, 0, rows * columns * sizeof *sums);
-                int64_t first = window && start + from >= window ? start + from - window + 1 : 0;
-                attend_rows(queries, sums, columns, rows, keys + h * head, values + h * head, first, start + end - 1, scale * 1.44269504,
-                            size, window);
-                for (int64_t r = 0; r < count; r++) {
-                    int64_t t = from + r % (end - from), g = r / (end - from);
-                    bf16 *o = out + (t * num_heads + h * group + g) * size;
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t t = from; t < end; t++) {
+            const bf16 *query = heads->query + (first + t) * heads->q_stride + (h * group + g) * size;
+            queries[num++] = (Query){query, start + t, -1e30f, 0};
+        }
+    int64_t rows = (num + NUM_ROWS - 1) / NUM_ROWS * NUM_ROWS;
+    for (int64_t r = num; r < rows; r++) queries[r] = queries[num - 1];
+    memset(sums, 0, rows * columns * sizeof *sums);
+    int64_t begin = window && start + from >= window ? start + from - window + 1 : 0;
+    attend_rows(queries, sums, columns, rows, keys, values, begin, start + end - 1, heads->scale * 1.44269504, size,
+                window);
+    for (int64_t r = 0; r < num; r++) {
+        int64_t t = first + from + r % (end - from), g = r / (end - from);
+        bf16 *o = heads->out + (t * heads->num_heads + h * group + g) * size;
 #pragma omp simd
-                    for (int64_t i = 0; i < size; i++) o[i] = narrow(sums[r * columns + i] / queries[r].total);
-                }
-            }
+        for (int64_t i = 0; i < size; i++) o[i] = narrow(sums[r * columns + i] / queries[r].total);
     }
+}
+
+void attend_prompt(const Heads *heads, bf16 *keys, bf16 *values, int64_t capacity, int64_t first, int64_t start,
+                   int64_t num) {
+    int64_t size = heads->size, head = capacity * size, step = MAX_ROWS * heads->num_kv / heads->num_heads;
+    step = (num + 1) / 2 < step ? (num + 1) / 2 : step; /* so that short pieces, too, occupy several threads */
+#pragma omp for collapse(2)
+    for (int64_t t = 0; t < num; t++)
+        for (int64_t h = 0; h < heads->num_kv; h++) {
+            int64_t from = (first + t) * heads->kv_stride + h * size, to = h * head + (start + t) * size;
+            memcpy(keys + to, heads->key + from, size * sizeof(bf16));
+            memcpy(values + to, heads->value + from, size * sizeof(bf16));
+        }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t h = 0; h < heads->num_kv; h++)
+        for (int64_t from = 0; from < num; from += step) {
+            int64_t end = from + step < num ? from + step : num;
+            attend_part(heads, keys + h * head, values + h * head, first, start, from, end, h);
+        }
+}
+
+void attend_piece(const Heads *heads, bf16 *keys, bf16 *values, int64_t capacity, int64_t first, int64_t start,
+                  int64_t num) {
+#pragma omp parallel
+    attend_prompt(heads, keys, values, capacity, first, start, num);
 }
 #endif

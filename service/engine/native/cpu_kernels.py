@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c", "cpu_linear.c")]
+_SOURCES = [
+    Path(__file__).with_name(name) for name in ("cpu_adapters.c", "cpu_attention.c", "cpu_layer.c", "cpu_linear.c")
+]
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
 _FLAGS = (
     "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC -shared"
@@ -30,18 +32,10 @@ _MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in the source
 _PANEL, _STEP = 32, 32  # as in cpu_linear.c: outputs, and inputs, that are multiplied at a time
 _SIGNATURES = {
     "linear": [c_void_p] * 5 + [c_int64] * 3,
-    "rms_norm": [c_void_p] * 3 + [c_double] + [c_int64] * 2,
-    "silu_mul": [c_void_p] * 2 + [c_int64] * 2,
-    "rotate": [c_void_p] * 4 + [c_double] + [c_int64] * 4,
-    "attend": [
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64),
-        *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_double, c_int64),
-    ],
-    "attend_piece": [
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
-        *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_double, c_int64),
-    ],
-    "adapt": [c_void_p] * 5 + [c_int64, c_void_p, c_int64, c_void_p] + [c_int64] * 3 + [c_void_p],
+    "attend": [c_void_p] * 2 + [c_int64] * 2 + [c_void_p] * 3 + [c_int64],
+    "attend_piece": [c_void_p] * 3 + [c_int64] * 4,
+    "adapt": [c_void_p] * 4 + [c_int64, c_void_p] + [c_int64] * 2,
+    "decoder_layer": [c_void_p] * 2,
 }
 
 
@@ -51,8 +45,8 @@ def kernels_for(x: torch.Tensor) -> CpuKernels | None:
 
 
 @functools.cache
-def _load() -> CpuKernels | None:
-    """Compile and load, once in a process."""
+def _load(*flags: str) -> CpuKernels | None:
+    """Compile, with more flags if there are any, and load, once in a process."""
     compiler = shutil.which("gcc")  # whose OpenMP is torch's, so that both use the same threads
     if compiler is None:
         log.warning("gcc is not installed: bf16 models run without kernels of our own, at about half the speed")
@@ -60,31 +54,56 @@ def _load() -> CpuKernels | None:
     more = _X86_FLAGS if platform.machine() == "x86_64" else []
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        done = subprocess.run(
-            [compiler, *_FLAGS.split(), *more, "-o", str(library), *map(str, _SOURCES)], capture_output=True, text=True
-        )
+        command = [compiler, *_FLAGS.split(), *more, *flags, "-o", str(library), *map(str, _SOURCES)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             log.warning("gcc failed, bf16 models run without kernels of our own: %s", done.stderr)
             return None
         try:
-            return CpuKernels(ctypes.PyDLL(str(library)))  # PyDLL: a kernel is too short to hand the interpreter over
+            return CpuKernels(str(library))
         except OSError as error:  # a temporary folder from which nothing may be run
             log.warning("bf16 models run without kernels of our own: %s", error)
             return None
 
 
+class _Heads(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("out", "query", "key", "value")),
+        *((name, c_int64) for name in ("q_stride", "kv_stride", "num_heads", "num_kv", "size")),
+        ("scale", c_double),
+        ("window", c_int64),
+    ]
+
+
+class Adapted(Structure):
+    """Tokens by their adapters; see `cpu_kernels.h`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("tokens", "starts")),
+        ("num_adapters", c_int64),
+        ("factors", c_void_p),
+        *((name, c_int64) for name in ("stride", "max_rank")),
+        ("scratch", c_void_p),
+        ("is_scaled", c_int64),
+    ]
+
+
 class CpuKernels:
-    """The functions of the source, on tensors."""
+    """The functions of the sources, on tensors."""
 
-    def __init__(self, library: ctypes.PyDLL) -> None:
+    def __init__(self, library: str) -> None:
+        # All but a whole layer are too short to hand the interpreter over, which PyDLL does not.
+        self.library, whole = ctypes.PyDLL(library), ctypes.CDLL(library)
         for name, types in _SIGNATURES.items():
-            if (function := getattr(library, name, None)) is not None:
-                function.argtypes, function.restype = types, None
-        self.library = library
+            for loaded in (self.library, whole):
+                if (function := getattr(loaded, name, None)) is not None:
+                    function.argtypes, function.restype = types, None
+        self.decoder_layer = whole.decoder_layer
 
-    def can_multiply(self, num_inputs: int) -> bool:
-        """Whether there is a `linear` for so many: it needs a processor with products of bf16."""
-        return hasattr(self.library, "linear") and num_inputs % _STEP == 0
+    @staticmethod
+    def can_multiply(num_inputs: int) -> bool:
+        """Whether `linear` takes so many."""
+        return num_inputs % _STEP == 0
 
     def linear(
         self,
@@ -105,42 +124,6 @@ class CpuKernels:
         )
         return y
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Of x [tokens, width]."""
-        assert x.is_contiguous()
-        out = torch.empty_like(x)
-        self.library.rms_norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
-        return out
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) up [tokens, width] of [tokens, 2 * width]."""
-        assert gate_up.is_contiguous()
-        num_tokens, width = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(num_tokens, width)
-        self.library.silu_mul(out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
-        return out
-
-    def rotate(
-        self,
-        x: torch.Tensor,
-        num_heads: int,
-        cosine: torch.Tensor,
-        sine: torch.Tensor,
-        norms: torch.Tensor | None = None,
-        eps: float = 0.0,
-    ) -> None:
-        """Rotary embedding by cosine and sine [tokens, size] of the first heads of x [tokens, all heads, size], in
-        place, after a norm with weights [heads, size]."""
-        assert x.is_contiguous()
-        assert cosine.is_contiguous()
-        assert sine.is_contiguous()
-        num_tokens, num_all, size = x.shape
-        weights = 0 if norms is None else norms.data_ptr()
-        self.library.rotate(
-            *(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), weights, eps),
-            *(num_tokens, num_all * size, num_heads, size),
-        )
-
     @staticmethod
     def can_attend(num_heads: int, num_kv_heads: int, size: int) -> bool:
         """Whether `attend` has room for heads like these."""
@@ -160,15 +143,11 @@ class CpuKernels:
     ) -> None:
         """Write keys and values of some tokens into the cache [2, rows, KV heads, capacity, size] and into `out`
         [tokens, heads, size] what they attend to. `which` int64 [3, some]: their numbers, rows and positions."""
-        num_heads, num_kv_heads, size = query.shape[1], *key.shape[1:]
-        q, q_stride, k, v, k_stride = _heads_of_all(query, key, value)
         _, num_rows, _, capacity, _ = cache.shape
         tokens, step = which.data_ptr(), which.stride(0) * which.itemsize
-        self.library.attend(
-            *(out.data_ptr(), q.data_ptr(), q_stride, k.data_ptr(), v.data_ptr(), k_stride),
-            *(cache.data_ptr(), num_rows, capacity, tokens, tokens + step, tokens + 2 * step, which.shape[1]),
-            *(num_heads, num_kv_heads, size, scale, window or 0),
-        )
+        heads, _tensors = _heads_of_all(out, query, key, value, scale, window)
+        lists = tokens, tokens + step, tokens + 2 * step
+        self.library.attend(ctypes.byref(heads), cache.data_ptr(), num_rows, capacity, *lists, which.shape[1])
 
     def can_attend_piece(self, size: int) -> bool:
         """Whether there is an `attend_piece` for heads of this size: it needs a processor with products of bf16."""
@@ -190,17 +169,12 @@ class CpuKernels:
 
         out and query [tokens, heads, size], cache [2, KV heads, capacity, size].
         """
-        num, num_heads, size = query.shape
-        num_kv_heads = key.shape[1]
-        q, q_stride, k, v, k_stride = _heads_of_all(query, key, value)
         keys, values = cache
-        assert out.is_contiguous()
         assert keys.is_contiguous()
-        assert start + num <= keys.shape[1]
+        assert start + len(query) <= keys.shape[1]
+        heads, _tensors = _heads_of_all(out, query, key, value, scale, window)
         self.library.attend_piece(
-            *(out.data_ptr(), q.data_ptr(), q_stride, k.data_ptr(), v.data_ptr(), k_stride),
-            *(keys.data_ptr(), values.data_ptr(), keys.shape[1], start, num),
-            *(num_heads, num_kv_heads, size, scale, window or 0),
+            ctypes.byref(heads), keys.data_ptr(), values.data_ptr(), keys.shape[1], 0, start, len(query)
         )
 
 
@@ -230,6 +204,7 @@ class AdaptedTokens:
         *,
         max_rank: int,
         max_width: int,
+        is_scaled: bool,
     ) -> None:
         """`tokens` int64 lists those of each adapter, from starts[i] to starts[i + 1]. `factors` int64 [adapters,
         layers, 4] holds addresses of A [rank, in], B^T [rank, out] and of DoRA's fp32 gains [out] (0: none), and the
@@ -239,9 +214,10 @@ class AdaptedTokens:
         scratch = torch.empty(len(tokens) * max_width)
         self._tensors = tokens, starts, factors, scratch  # as long as their addresses are in use
         self._num_tokens = int(tokens.max()) + 1  # at least, of any input
-        self._which = tokens.data_ptr(), starts.data_ptr(), len(factors)
-        self._factors, self._row_bytes = factors.data_ptr(), factors.shape[2] * factors.itemsize
-        self._stride, self._max_rank, self._scratch = factors.shape[1], max_rank, scratch.data_ptr()
+        self.struct = Adapted(
+            *(tokens.data_ptr(), starts.data_ptr(), *factors.shape[:1], factors.data_ptr(), factors.shape[1]),
+            *(max_rank, scratch.data_ptr(), is_scaled),
+        )
 
     def adapt(
         self, y: torch.Tensor, x: torch.Tensor, bias: int, first_layer: int, columns: int, num_layers: int
@@ -252,20 +228,23 @@ class AdaptedTokens:
         assert y.is_contiguous()
         assert len(x) >= self._num_tokens
         self._function(
-            *(y.data_ptr(), x.data_ptr(), bias, *self._which, self._factors + first_layer * self._row_bytes),
-            *(self._stride, columns, num_layers, x.shape[1], self._max_rank, self._scratch),
+            *(y.data_ptr(), x.data_ptr(), bias, ctypes.byref(self.struct), first_layer, columns),
+            *(num_layers, x.shape[1]),
         )
 
 
 def _heads_of_all(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor, int]:
-    """Query and its numbers from token to token, key, value and theirs, which are the same for both."""
+    out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+) -> tuple[_Heads, tuple[torch.Tensor, ...]]:
+    """What the kernels are told of them, and tensors to keep meanwhile."""
+    assert out.is_contiguous()
+    num_heads, num_kv_heads, size = query.shape[1], *key.shape[1:]
     (q, q_stride), (k, k_stride), (v, v_stride) = map(_heads, (query, key, value))
     if k_stride != v_stride:
         k, v = k.contiguous(), v.contiguous()
-        k_stride = k.shape[1] * k.shape[2]
-    return q, q_stride, k, v, k_stride
+        k_stride = num_kv_heads * size
+    addresses = [x.data_ptr() for x in (out, q, k, v)]
+    return _Heads(*addresses, q_stride, k_stride, num_heads, num_kv_heads, size, scale, window or 0), (q, k, v)
 
 
 def _heads(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -2,19 +2,13 @@
    panels of 32 outputs, each [in / 32][2 halves][16 pairs of inputs][16 outputs][2], as a processor's products of tiles
    want it, so that a product of few tokens reads memory from one end to the other. Sums are fp32. */
 
-#include "cpu_vectors.h"
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
+#include "cpu_kernels.h"
 
 #define LANES 16
 #define PANEL 32                 /* outputs */
 #define STEP 32                  /* inputs that are multiplied at a time */
 #define STEP_SIZE (PANEL * STEP) /* numbers of a panel for them */
 #define MANY 32                  /* tokens that are multiplied with a panel at a time, by tiles */
-#define FEW 12                   /* and by vectors: with these, the sums fill the registers */
-
-INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 /* Some tokens and a panel. */
 typedef struct {
@@ -29,7 +23,12 @@ INLINE void fetch_lines(const Block *b, int64_t step) {
         __builtin_prefetch(b->next + (step * b->num_lines + i) * 32, 0, 2);
 }
 
-/* sums [num, 32] of two vectors each, by products of pairs; `num` is a constant of at least as many tokens as there are. */
+/* sums [num, 32]; `num` is a constant of at least as many tokens as there are. */
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+#define FEW 12 /* tokens that are multiplied with a panel at a time, by vectors: their sums fill the registers */
+
 INLINE void multiply_few(float *sums, const Block *b, int64_t num) {
     __m512 s[FEW][2];
     const bf16 *rows[FEW];
@@ -57,14 +56,39 @@ INLINE void multiply_few(float *sums, const Block *b, int64_t num) {
         _mm512_storeu_ps(sums + r * PANEL + LANES, s[r][1]);
     }
 }
+#else
+#define FEW 4
+
+INLINE void multiply_few(float *sums, const Block *b, int64_t num) {
+    float s[FEW][PANEL] = {0};
+    for (int64_t step = 0; step < b->in / STEP; step++) {
+        fetch_lines(b, step);
+        for (int64_t p = 0; p < STEP; p += 2) {
+            const bf16 *low = b->panel + step * STEP_SIZE + p * LANES, *high = low + STEP_SIZE / 2;
+            for (int64_t r = 0; r < num; r++) {
+                const bf16 *x = b->x + (r < b->num ? r : b->num - 1) * b->in + step * STEP + p;
+                float first = wide(x[0]), second = wide(x[1]);
+#pragma omp simd
+                for (int64_t i = 0; i < LANES; i++) {
+                    s[r][i] += first * wide(low[2 * i]) + second * wide(low[2 * i + 1]);
+                    s[r][LANES + i] += first * wide(high[2 * i]) + second * wide(high[2 * i + 1]);
+                }
+            }
+        }
+    }
+    memcpy(sums, s, b->num * sizeof *s);
+}
+#endif
 
 static void multiply_vectors(float *sums, const Block *b) {
     if (b->num <= 2) multiply_few(sums, b, 2);
     else if (b->num <= 4) multiply_few(sums, b, 4);
+#if FEW > 4
     else if (b->num <= 6) multiply_few(sums, b, 6);
     else if (b->num <= 8) multiply_few(sums, b, 8);
     else if (b->num <= 10) multiply_few(sums, b, 10);
     else multiply_few(sums, b, FEW);
+#endif
 }
 
 #ifdef __AMX_BF16__
@@ -80,8 +104,12 @@ static int may_use_tiles(void) {
     return may;
 }
 
+static __thread int64_t num_shaped; /* tokens that this thread's tiles are shaped for; 0: they are not in use */
+
 /* Tiles 0 to 3 are sums, 4 and 5 of up to 16 tokens each, 6 and 7 the halves of a panel's step. */
 static void shape_tiles(int64_t num) {
+    if (num == num_shaped) return;
+    num_shaped = num;
     struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t num_rows[16]; } shape = {1};
     int64_t first = num < 16 ? num : 16, second = num > 16 ? num - 16 : 1;
     for (int64_t i = 0; i < 8; i++) {
@@ -91,7 +119,12 @@ static void shape_tiles(int64_t num) {
     _tile_loadconfig(&shape);
 }
 
-INLINE void multiply_tiles(float *sums, const Block *b, int is_many) {
+static void release_tiles(void) {
+    if (num_shaped) _tile_release();
+    num_shaped = 0;
+}
+
+INLINE void multiply_some_tiles(float *sums, const Block *b, int is_many) {
     int64_t x_bytes = b->in * sizeof(bf16), row_bytes = PANEL * sizeof(float);
     _tile_zero(0);
     _tile_zero(1);
@@ -120,58 +153,51 @@ INLINE void multiply_tiles(float *sums, const Block *b, int is_many) {
         _tile_stored(3, sums + 16 * PANEL + LANES, row_bytes);
     }
 }
+
+static void multiply_tiles(float *sums, const Block *b) {
+    shape_tiles(b->num);
+    if (b->num > 16) multiply_some_tiles(sums, b, 1);
+    else multiply_some_tiles(sums, b, 0);
+}
 #else
 static int may_use_tiles(void) { return 0; }
+static void release_tiles(void) {}
+static void multiply_tiles(float *sums, const Block *b) {}
 #endif
 
 /* Rows of 32 sums, of which the first `columns` count, plus bias and residual, where there are any, into y. */
 static void put(bf16 *y, const float *sums, const bf16 *bias, const bf16 *residual, int64_t num, int64_t columns,
                 int64_t out) {
-    for (int64_t half = 0; half < PANEL && half < columns; half += LANES) {
-        __mmask16 mask = columns - half >= LANES ? 0xffff : (1 << (columns - half)) - 1;
-        __m512 shift = _mm512_setzero_ps();
-        if (bias) shift = widen(_mm256_maskz_loadu_epi16(mask, bias + half));
-        for (int64_t r = 0; r < num; r++) {
-            __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + r * PANEL + half), shift);
-            if (residual) sum = _mm512_add_ps(sum, widen(_mm256_maskz_loadu_epi16(mask, residual + r * out + half)));
-            _mm256_mask_storeu_epi16(y + r * out + half, mask, (__m256i)_mm512_cvtneps_pbh(sum));
-        }
-    }
+    columns = columns < PANEL ? columns : PANEL;
+    for (int64_t r = 0; r < num; r++, y += out, sums += PANEL, residual += residual ? out : 0)
+#pragma omp simd
+        for (int64_t i = 0; i < columns; i++)
+            y[i] = narrow(sums[i] + (bias ? wide(bias[i]) : 0) + (residual ? wide(residual[i]) : 0));
 }
 
-/* y [tokens, out] = x [tokens, in] W^T + bias [out] + residual [tokens, out], the latter two or null; `in` is a multiple
-   of 32. */
+void multiply(bf16 *y, const bf16 *x, const bf16 *panels, const bf16 *bias, const bf16 *residual, int64_t num_tokens,
+              int64_t in, int64_t out) {
+    int64_t most = may_use_tiles() ? MANY : FEW, num_blocks = (num_tokens + most - 1) / most;
+    int64_t together = most == MANY ? MANY : (num_tokens + num_blocks - 1) / num_blocks;
+    int64_t num_panels = (out + PANEL - 1) / PANEL, size = in / STEP * STEP_SIZE;
+    int64_t is_foreseen = most == MANY && num_blocks == 1; /* by the processor, which tiles do not keep busy */
+    int64_t num_lines = is_foreseen ? 0 : (STEP_SIZE / 32 + num_blocks - 1) / num_blocks;
+    float sums[MANY * PANEL];
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < num_panels; p++)
+        for (int64_t t = 0; t < num_tokens; t += together) {
+            int64_t num = num_tokens - t < together ? num_tokens - t : together, at = t * out + p * PANEL;
+            const bf16 *next = panels + (p + 1) * size + t / together * num_lines * 32 * (in / STEP);
+            Block block = {x + t * in, panels + p * size, num, in, next, num_lines};
+            if (most == MANY) multiply_tiles(sums, &block);
+            else multiply_vectors(sums, &block);
+            put(y + at, sums, bias ? bias + p * PANEL : 0, residual ? residual + at : 0, num, out - p * PANEL, out);
+        }
+    release_tiles();
+}
+
 void linear(bf16 *y, const bf16 *x, const bf16 *panels, const bf16 *bias, const bf16 *residual, int64_t num_tokens,
             int64_t in, int64_t out) {
-    int has_tiles = may_use_tiles();
-    int64_t num_panels = (out + PANEL - 1) / PANEL, size = in / STEP * STEP_SIZE, most = has_tiles ? MANY : FEW;
-    int64_t num_blocks = (num_tokens + most - 1) / most;
-    int64_t together = has_tiles ? most : (num_tokens + num_blocks - 1) / num_blocks;
-    int64_t num_lines = num_blocks > 1 ? (STEP_SIZE / 32 + num_blocks - 1) / num_blocks : 0; /* else it foresees them */
 #pragma omp parallel
-    {
-        int64_t shape = 0;
-        float sums[MANY * PANEL];
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < num_panels; p++)
-            for (int64_t t = 0; t < num_tokens; t += together) {
-                int64_t num = num_tokens - t < together ? num_tokens - t : together;
-                const bf16 *next = panels + (p + 1) * size + t / together * num_lines * 32 * (in / STEP);
-                Block block = {x + t * in, panels + p * size, num, in, next, num_lines};
-#ifdef __AMX_BF16__
-                if (has_tiles) {
-                    if (num != shape) shape_tiles(shape = num);
-                    if (num > 16) multiply_tiles(sums, &block, 1);
-                    else multiply_tiles(sums, &block, 0);
-                }
-#endif
-                if (!has_tiles) multiply_vectors(sums, &block);
-                int64_t at = t * out + p * PANEL;
-                put(y + at, sums, bias ? bias + p * PANEL : 0, residual ? residual + at : 0, num, out - p * PANEL, out);
-            }
-#ifdef __AMX_BF16__
-        if (shape) _tile_release();
-#endif
-    }
+    multiply(y, x, panels, bias, residual, num_tokens, in, out);
 }
-#endif

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from service.engine.native.cpu_kernels import kernels_for
+from service.engine.native.cpu_layer import LayerKernel
 from service.engine.native.flat_attention import AttentionPlan
 from service.engine.native.linear import FusedLinear
 from service.engine.native.lora import AdapterStack
@@ -45,6 +45,8 @@ class FusedLayer(nn.Module):
         self._num_kv_heads = attention.k_proj.out_features // self._head_size
         self._norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._qk_norm = _qk_norm(attention, self._num_heads, self._num_kv_heads)
+        self._stack = stack
+        self.kernel = self._kernel_of_all()
 
     def forward(
         self,
@@ -53,14 +55,44 @@ class FusedLayer(nn.Module):
         plan: AttentionPlan,
         **_: Any,
     ) -> torch.Tensor:
-        """[1, tokens, width] from the same."""
-        x = hidden_states[0]
+        """[1, tokens, width] from the same, perhaps in place."""
+        x, (cosine, sine) = hidden_states[0], position_embeddings
+        if (kernel := self.kernel) is not None:
+            if "step" not in plan.shared:  # this is the first layer
+                plan.shared["step"] = kernel.prepare(x, (cosine[0], sine[0]), plan.parts, self._stack.plan)
+            if (step := plan.shared["step"]) is not None:
+                kernel(step)
+                return hidden_states
+        return self._by_torch(x, position_embeddings, plan)[None]
+
+    def _by_torch(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
+    ) -> torch.Tensor:
+        """[tokens, width] from the same."""
         qkv = self._qkv(_rms_norm(x, self._norm)).view(len(x), -1, self._head_size)
-        query, key, value = self._rotated(qkv, position_embeddings, plan)
+        query, key, value = self._rotated(qkv, angles, plan)
         attended = plan.attend(self._index, query, key, value, self._scale, self._window)
         x = self._o.added_to(x, attended.flatten(1))
-        gate_up = self._gate_up(_rms_norm(x, self._mlp_norm))
-        return self._down.added_to(x, self._gated(gate_up))[None]
+        gate, up = self._gate_up(_rms_norm(x, self._mlp_norm)).chunk(2, dim=-1)
+        return self._down.added_to(x, self._activation(gate) * up)
+
+    def _kernel_of_all(self) -> LayerKernel | None:
+        """All of this in one call, where there is one."""
+        linears = self._qkv, self._o, self._gate_up, self._down
+        kernels = self._o.kernels
+        if kernels is None or not self._is_silu or any(linear.kernels is None for linear in linears):
+            return None
+        if not kernels.can_attend(self._num_heads, self._num_kv_heads, self._head_size):
+            return None
+        norms = [(norm.weight.detach(), norm.variance_epsilon) for norm in (self._norm, self._mlp_norm)]
+        return LayerKernel(
+            *(kernels, self._index, linears, norms, self._qk_norm),
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_size=self._head_size,
+            scale=self._scale,
+            window=self._window,
+        )
 
     def _rotated(
         self, qkv: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
@@ -68,23 +100,11 @@ class FusedLayer(nn.Module):
         """Queries and keys with their rotary embedding, and values; [tokens, heads, head size]."""
         num_rotated = self._num_heads + self._num_kv_heads
         rotated = qkv[:, :num_rotated]
-        if kernels := kernels_for(qkv):
-            norms, eps = self._qk_norm or (None, 0.0)
-            kernels.rotate(qkv, num_rotated, angles[0][0], angles[1][0], norms, eps)
-        else:
-            if self._qk_norm is not None:
-                weight, eps = self._qk_norm
-                rotated = F.rms_norm(rotated, (self._head_size,), None, eps) * weight
-            rotated = _rotate(rotated, angles, plan)
+        if self._qk_norm is not None:
+            weight, eps = self._qk_norm
+            rotated = F.rms_norm(rotated, (self._head_size,), None, eps) * weight
+        rotated = _rotate(rotated, angles, plan)
         return rotated[:, : self._num_heads], rotated[:, self._num_heads :], qkv[:, num_rotated:]
-
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """act(gate) up."""
-        if self._is_silu and (kernels := kernels_for(gate_up)):
-            return kernels.silu_mul(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        gated: torch.Tensor = self._activation(gate) * up
-        return gated
 
 
 def _window_of_all_layers(attention: Any) -> int | None:
@@ -101,8 +121,6 @@ def _qk_norm(attention: Any, num_heads: int, num_kv_heads: int) -> tuple[torch.T
 
 
 def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
-    if kernels := kernels_for(x):
-        return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 

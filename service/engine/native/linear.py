@@ -1,7 +1,6 @@
 """Linear layers as the engine runs them: those that read the same input as one product, with their adapters.
 
-On a CPU the weights are laid out in advance: as our own kernel wants them, or else as oneDNN's products do. At the sizes
-of decoding, a product of bf16 takes half the time of one whose weights lie in rows.
+On a CPU the weights of bf16 are laid out in advance, as our own kernel wants them.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class FusedLinear(nn.Module):
         self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         weight = rows[0] if len(rows) == 1 else torch.cat(rows)
         kernels = kernels_for(weight)
-        self._kernels = kernels if kernels is not None and kernels.can_multiply(weight.shape[1]) else None
-        self.weight = panels_of(weight.detach()) if self._kernels else _packed(weight.detach())
+        self.kernels = kernels if kernels is not None and kernels.can_multiply(weight.shape[1]) else None
+        self.weight = panels_of(weight.detach()) if self.kernels else weight.detach()
         out_features = tuple(len(part) for part in rows)
         self._num_outputs = sum(out_features)
         self.factors = GroupFactors(tuple(names), weight.shape[1], out_features, self.bias, stack)
@@ -39,10 +38,10 @@ class FusedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out of all] of [..., in]; tokens are counted over all leading dimensions."""
         flat = x.reshape(-1, x.shape[-1])
-        if self._kernels is not None:
-            y = self._kernels.linear(flat.contiguous(), self.weight, self._num_outputs, self.bias)
+        if self.kernels is not None:
+            y = self.kernels.linear(flat.contiguous(), self.weight, self._num_outputs, self.bias)
         else:
-            y = _product(flat, self.weight, self.bias)
+            y = F.linear(flat, self.weight, self.bias)
         if self.factors.is_adapted:
             self.factors.adapt(flat, y)
         return y.view(*x.shape[:-1], -1)
@@ -52,10 +51,8 @@ class FusedLinear(nn.Module):
         if self.factors.is_scaled:
             return residual + self(x)
         y: torch.Tensor
-        if self._kernels is not None:
-            y = self._kernels.linear(x.contiguous(), self.weight, self._num_outputs, self.bias, residual)
-        elif self.weight.is_mkldnn:
-            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        if self.kernels is not None:
+            y = self.kernels.linear(x.contiguous(), self.weight, self._num_outputs, self.bias, residual)
         elif self.bias is None:
             y = torch.addmm(residual, x, self.weight.t())
         else:
@@ -66,10 +63,7 @@ class FusedLinear(nn.Module):
 
     def rows(self, member: int) -> torch.Tensor:
         """The weight [out, in] of one of the layers."""
-        if self._kernels is not None:
-            dense = weight_of(self.weight, self._num_outputs)
-        else:
-            dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        dense = self.weight if self.kernels is None else weight_of(self.weight, self._num_outputs)
         return dense.split(self.factors.out_features)[member]
 
 
@@ -123,18 +117,3 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
         if isinstance(module, FusedLinear)
         for member, name in enumerate(module.factors.names)
     }
-
-
-def _packed(rows: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] in oneDNN's own layout, where that pays."""
-    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return rows
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous())
-    return packed
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if weight.is_mkldnn:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-        return y
-    return F.linear(x, weight, bias)

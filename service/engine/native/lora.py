@@ -121,7 +121,9 @@ class AdapterStack:
         if self._kernels is not None:
             long = [piece for piece in pieces if len(_span(piece)) >= _MANY]
             short = [piece for piece in pieces if len(_span(piece)) < _MANY]
-            self.plan = LoraPlan(long, listed=self._listed(self._kernels, newest, short), has_gains=has_gains)
+            self.plan = LoraPlan(
+                long, listed=self._listed(self._kernels, newest, short, has_gains), has_gains=has_gains
+            )
             return
         self.plan = LoraPlan(list(pieces), has_gains=has_gains)
         used = {adapter.id: adapter for adapter in newest if adapter is not None}
@@ -141,7 +143,7 @@ class AdapterStack:
         return adapter is not None and not self._names.isdisjoint(adapter.factors)
 
     def _listed(
-        self, kernels: CpuKernels, newest: Sequence[LoadedAdapter | None], pieces: list[Piece]
+        self, kernels: CpuKernels, newest: Sequence[LoadedAdapter | None], pieces: list[Piece], has_gains: bool
     ) -> AdaptedTokens | None:
         """The tokens by adapter; None if none has one."""
         by_adapter: defaultdict[LoadedAdapter, list[int]] = defaultdict(list)
@@ -160,6 +162,7 @@ class AdapterStack:
             factors=torch.stack([self._table(adapter) for adapter in by_adapter]),
             max_rank=max_rank,
             max_width=self._max_in_features + self._max_members * max_rank,
+            is_scaled=has_gains,
         )
 
     def _table(self, adapter: LoadedAdapter) -> torch.Tensor:
@@ -225,8 +228,8 @@ class GroupFactors:
         self._stack = stack
         self._down = self._gain = torch.empty(0)  # [slots, members * rank, in], [slots, out of all]
         self._up: list[torch.Tensor] = []  # [slots, rank, out] of each member
-        self._first = stack.add_group(self)  # number of the first layer, over all groups
-        self._columns_at = torch.tensor([0, *accumulate(out_features)])  # where each layer's outputs begin
+        self.first = stack.add_group(self)  # number of the first layer, over all groups
+        self.columns_at = torch.tensor([0, *accumulate(out_features)])  # where each layer's outputs begin
 
     @property
     def is_adapted(self) -> bool:
@@ -276,7 +279,7 @@ class GroupFactors:
             self._adapt_piece(piece, x, y)
         if (listed := plan.listed) is not None:
             bias = 0 if self._bias is None else self._bias.data_ptr()
-            listed.adapt(y, x, bias, self._first, self._columns_at.data_ptr(), len(self.names))
+            listed.adapt(y, x, bias, self.first, self.columns_at.data_ptr(), len(self.names))
         if plan.spread is not None:
             self._adapt_spread(plan.spread, x, y)
         return y
