@@ -23,12 +23,21 @@ def bf16(*shape: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def kernels() -> CpuKernels:
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     torch.manual_seed(5)
-    found = kernels_for(bf16(1))
+    without = getattr(request, "param", [])
+    if without and platform.machine() != "x86_64":
+        pytest.skip("flags of another processor")
+    found = cpu_kernels._load(*without)
     if found is None:
         pytest.skip("gcc is not installed here")
     return found
+
+
+# A processor's products of tiles and of vectors, where it has them, and plain ones.
+by_all_instructions = pytest.mark.parametrize(
+    "kernels", [[], ["-mno-amx-bf16"], ["-mno-amx-bf16", "-mno-avx512bf16"]], indirect=True
+)
 
 
 def test_other_types_have_none() -> None:
@@ -43,14 +52,8 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, capl
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 13, 16, 33, 100])
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(32, 7), (576, 96), (96, 100)])
-@pytest.mark.parametrize("without", [[], ["-mno-amx-bf16"], ["-mno-amx-bf16", "-mno-avx512bf16"]])
-@pytest.mark.usefixtures("kernels")
-def test_products(num_tokens: int, num_inputs: int, num_outputs: int, without: list[str]) -> None:
-    """By a processor's products of tiles and of vectors, where it has them, and by plain ones."""
-    if without and platform.machine() != "x86_64":
-        pytest.skip("flags of another processor")
-    kernels = cpu_kernels._load(*without)
-    assert kernels is not None
+@by_all_instructions
+def test_products(kernels: CpuKernels, num_tokens: int, num_inputs: int, num_outputs: int) -> None:
     x, weight, bias = bf16(num_tokens, num_inputs), bf16(num_outputs, num_inputs), bf16(num_outputs)
     residual = bf16(num_tokens, num_outputs)
     panels = panels_of(weight)
@@ -139,12 +142,13 @@ def test_attention_of_any_tokens(
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 1, 20), (32, 1, 96)])
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("start", "num"), [(0, 1), (0, 70), (5, 64), (230, 7), (100, 200)])
+@by_all_instructions
 def test_attention_of_a_piece(
     kernels: CpuKernels, num_heads: int, num_kv_heads: int, size: int, window: int | None, start: int, num: int
 ) -> None:
     """Also where a row holds what is no number behind its tokens, or in front of a window's first."""
     if not kernels.can_attend_piece(size):
-        pytest.skip("this processor has no products of bf16")
+        pytest.skip("without products of bf16")
     cache = bf16(2, num_kv_heads, 300, size)
     cache[:, :, start + num :] = float("nan")
     q, k, v = bf16(num, num_heads + 2 * num_kv_heads, size).split([num_heads, num_kv_heads, num_kv_heads], dim=1)

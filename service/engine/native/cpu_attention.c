@@ -85,14 +85,15 @@ void attend(const Heads *heads, bf16 *cache, int64_t num_rows, int64_t capacity,
 #ifdef __AVX512BF16__
 #define LANES 16
 #define NUM_TOGETHER 64 /* keys of a block, and columns of a product: four vectors */
-#define NUM_ROWS 6      /* of a product: with these, its sums fill the registers */
-#define MAX_ROWS 192    /* queries of a key head that share the packing of a block of keys */
+#define NUM_ROWS 16     /* of a product, by tiles */
+#define NUM_FEW_ROWS 6  /* and by vectors: with these, its sums fill the registers */
+#define MAX_ROWS 192    /* queries of a key head that share the packing of a block of keys; a multiple of both */
 
-/* c [6, 64] = c * factors + A B of rows of pairs `a` and pairs `b` [pairs, 64]; c begins at 0 without factors. */
-INLINE void product(float *c, int64_t c_stride, const float *factors, const bf16 *const *a, const uint32_t *b,
-                    int64_t num_pairs) {
-    __m512 sums[NUM_ROWS][4];
-    for (int r = 0; r < NUM_ROWS; r++)
+/* c [rows, 64] = c * factors + A B of rows `a` and pairs `b` [pairs, 64]; c begins at 0 without factors. */
+INLINE void product_of_vectors(float *c, int64_t c_stride, const float *factors, const bf16 *a, int64_t a_stride,
+                               const uint32_t *b, int64_t num_pairs) {
+    __m512 sums[NUM_FEW_ROWS][4];
+    for (int r = 0; r < NUM_FEW_ROWS; r++)
         for (int v = 0; v < 4; v++)
             sums[r][v] = factors ? _mm512_mul_ps(_mm512_loadu_ps(c + r * c_stride + v * LANES),
                                                  _mm512_set1_ps(factors[r]))
@@ -100,22 +101,64 @@ INLINE void product(float *c, int64_t c_stride, const float *factors, const bf16
     for (int64_t p = 0; p < num_pairs; p++) {
         __m512bh columns[4];
         for (int v = 0; v < 4; v++) columns[v] = (__m512bh)_mm512_loadu_si512(b + p * NUM_TOGETHER + v * LANES);
-        for (int r = 0; r < NUM_ROWS; r++) {
+        for (int r = 0; r < NUM_FEW_ROWS; r++) {
             int32_t pair;
-            memcpy(&pair, a[r] + 2 * p, sizeof pair);
+            memcpy(&pair, a + r * a_stride + 2 * p, sizeof pair);
             __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
             for (int v = 0; v < 4; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, columns[v]);
         }
     }
-    for (int r = 0; r < NUM_ROWS; r++)
+    for (int r = 0; r < NUM_FEW_ROWS; r++)
         for (int v = 0; v < 4; v++) _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
-/* Pairs along the head of 64 keys, of which `num` are there: [size / 2, 64]. */
-INLINE void pack_keys(uint32_t *packed, const bf16 *keys, int64_t num, int64_t size) {
-    for (int64_t i = 0; i < size / 2; i++, packed += NUM_TOGETHER) {
+/* The same with more rows; pairs in multiples of 16. */
+#ifdef __AMX_BF16__
+INLINE void product_of_tiles(float *c, int64_t c_stride, const float *factors, const bf16 *a, int64_t a_stride,
+                             const uint32_t *b, int64_t num_pairs) {
+    int64_t c_bytes = c_stride * sizeof *c, a_bytes = a_stride * sizeof *a, b_bytes = NUM_TOGETHER * sizeof *b;
+    for (int r = 0; factors && r < NUM_ROWS; r++)
+        for (int v = 0; v < 4; v++) {
+            float *at = c + r * c_stride + v * LANES;
+            _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(factors[r])));
+        }
+    if (factors) {
+        _tile_loadd(0, c, c_bytes);
+        _tile_loadd(1, c + LANES, c_bytes);
+        _tile_loadd(2, c + 2 * LANES, c_bytes);
+        _tile_loadd(3, c + 3 * LANES, c_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t p = 0; p < num_pairs; p += 16) {
+        const uint32_t *columns = b + p * NUM_TOGETHER;
+        _tile_loadd(4, a + 2 * p, a_bytes);
+        _tile_loadd(5, columns, b_bytes);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, columns + LANES, b_bytes);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, columns + 2 * LANES, b_bytes);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, columns + 3 * LANES, b_bytes);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + LANES, c_bytes);
+    _tile_stored(2, c + 2 * LANES, c_bytes);
+    _tile_stored(3, c + 3 * LANES, c_bytes);
+}
+#else
+#define product_of_tiles product_of_vectors
+#endif
+
+/* Pairs along the head of 64 keys, of which `num` are there: [padded / 2, 64]. */
+INLINE void pack_keys(uint32_t *packed, const bf16 *keys, int64_t num, int64_t size, int64_t padded) {
+    for (int64_t i = 0; i < padded / 2; i++, packed += NUM_TOGETHER) {
         for (int64_t j = 0; j < NUM_TOGETHER; j++)
-            if (j < num) memcpy(packed + j, keys + j * size + 2 * i, sizeof *packed);
+            if (j < num && 2 * i < size) memcpy(packed + j, keys + j * size + 2 * i, sizeof *packed);
             else packed[j] = 0;
     }
 }
@@ -165,36 +208,41 @@ INLINE float weigh(bf16 *weights, const float *scores, float *most, float *total
 }
 
 typedef struct {
-    const bf16 *query;
     int64_t last; /* of the keys that it sees */
     float most, total;
 } Query;
 
-/* Some queries of one key head over all of their keys, block by block. */
-static void attend_rows(Query *queries, float *sums, int64_t columns, int64_t num, const bf16 *keys,
-                        const bf16 *values, int64_t first, int64_t last, float scale, int64_t size, int64_t window) {
+/* Some queries of one key head, `rows` [num, padded size], over all of their keys, block by block. */
+static void attend_rows(Query *queries, const bf16 *rows, float *sums, int64_t columns, int64_t num, int64_t together,
+                        const bf16 *keys, const bf16 *values, int64_t first, int64_t last, float scale, int64_t size,
+                        int64_t padded, int64_t window) {
     uint32_t packed_keys[MAX_SIZE / 2 * NUM_TOGETHER], packed_values[MAX_SIZE / 2 * NUM_TOGETHER];
     float scores[NUM_ROWS][NUM_TOGETHER], kept[NUM_ROWS];
     bf16 weights[NUM_ROWS][NUM_TOGETHER];
-    const bf16 *rows[NUM_ROWS], *weight_rows[NUM_ROWS];
-    for (int r = 0; r < NUM_ROWS; r++) weight_rows[r] = weights[r];
     for (int64_t start = first; start <= last; start += NUM_TOGETHER) {
-        pack_keys(packed_keys, keys + start * size, last + 1 - start, size);
+        pack_keys(packed_keys, keys + start * size, last + 1 - start, size, padded);
         pack_values(packed_values, values + start * size, last + 1 - start, size);
-        for (Query *q = queries; q < queries + num; q += NUM_ROWS) {
+        for (int64_t from = 0; from < num; from += together) {
+            Query *q = queries + from;
             int64_t seen = q->last, begun = q->last;
-            for (int r = 0; r < NUM_ROWS; r++) {
-                rows[r] = q[r].query;
+            for (int r = 0; r < together; r++)
                 seen = q[r].last > seen ? q[r].last : seen, begun = q[r].last < begun ? q[r].last : begun;
-            }
             if (start > seen || (window && start + NUM_TOGETHER <= begun + 1 - window)) continue;
-            product(scores[0], NUM_TOGETHER, 0, rows, packed_keys, size / 2);
-            for (int r = 0; r < NUM_ROWS; r++)
+            if (together == NUM_ROWS)
+                product_of_tiles(scores[0], NUM_TOGETHER, 0, rows + from * padded, padded, packed_keys, padded / 2);
+            else
+                product_of_vectors(scores[0], NUM_TOGETHER, 0, rows + from * padded, padded, packed_keys, padded / 2);
+            for (int r = 0; r < together; r++)
                 kept[r] = weigh(weights[r], scores[r], &q[r].most, &q[r].total, scale,
                                 window ? q[r].last + 1 - window - start : 0, q[r].last - start);
-            for (int64_t c = 0; c < size; c += NUM_TOGETHER)
-                product(sums + (q - queries) * columns + c, columns, kept, weight_rows,
-                        packed_values + c * NUM_TOGETHER / 2, NUM_TOGETHER / 2);
+            for (int64_t c = 0; c < size; c += NUM_TOGETHER) {
+                float *at = sums + from * columns + c;
+                const uint32_t *block = packed_values + c * NUM_TOGETHER / 2;
+                if (together == NUM_ROWS)
+                    product_of_tiles(at, columns, kept, weights[0], NUM_TOGETHER, block, NUM_TOGETHER / 2);
+                else
+                    product_of_vectors(at, columns, kept, weights[0], NUM_TOGETHER, block, NUM_TOGETHER / 2);
+            }
         }
     }
 }
@@ -203,21 +251,27 @@ static void attend_rows(Query *queries, float *sums, int64_t columns, int64_t nu
 static void attend_part(const Heads *heads, const bf16 *keys, const bf16 *values, int64_t first, int64_t start,
                         int64_t from, int64_t end, int64_t h) {
     Query queries[MAX_ROWS];
+    bf16 rows[MAX_ROWS * MAX_SIZE];
     float sums[MAX_ROWS * MAX_SIZE];
     int64_t size = heads->size, group = heads->num_heads / heads->num_kv, window = heads->window, num = 0;
-    int64_t columns = (size + NUM_TOGETHER - 1) / NUM_TOGETHER * NUM_TOGETHER;
+    int64_t columns = (size + NUM_TOGETHER - 1) / NUM_TOGETHER * NUM_TOGETHER, padded = (size + 31) / 32 * 32;
+    int64_t together = may_use_tiles() ? NUM_ROWS : NUM_FEW_ROWS, count = group * (end - from);
+    int64_t num_rows = (count + together - 1) / together * together;
+    memset(sums, 0, num_rows * columns * sizeof *sums);
+    memset(rows, 0, num_rows * padded * sizeof *rows);
     for (int64_t g = 0; g < group; g++)
-        for (int64_t t = from; t < end; t++) {
+        for (int64_t t = from; t < end; t++, num++) {
+            queries[num] = (Query){start + t, -1e30f, 0};
             const bf16 *query = heads->query + (first + t) * heads->q_stride + (h * group + g) * size;
-            queries[num++] = (Query){query, start + t, -1e30f, 0};
+            memcpy(rows + num * padded, query, size * sizeof *rows);
         }
-    int64_t rows = (num + NUM_ROWS - 1) / NUM_ROWS * NUM_ROWS;
-    for (int64_t r = num; r < rows; r++) queries[r] = queries[num - 1];
-    memset(sums, 0, rows * columns * sizeof *sums);
+    for (; num < num_rows; num++) queries[num] = queries[num - 1]; /* that nobody looks at */
     int64_t begin = window && start + from >= window ? start + from - window + 1 : 0;
-    attend_rows(queries, sums, columns, rows, keys, values, begin, start + end - 1, heads->scale * 1.44269504, size,
-                window);
-    for (int64_t r = 0; r < num; r++) {
+    shape_tiles(2 * NUM_ROWS);
+    attend_rows(queries, rows, sums, columns, num_rows, together, keys, values, begin, start + end - 1,
+                heads->scale * 1.44269504, size, padded, window);
+    release_tiles();
+    for (int64_t r = 0; r < count; r++) {
         int64_t t = first + from + r % (end - from), g = r / (end - from);
         bf16 *o = heads->out + (t * heads->num_heads + h * group + g) * size;
 #pragma omp simd

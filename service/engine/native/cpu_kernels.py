@@ -26,6 +26,7 @@ _SOURCES = [
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
 _FLAGS = (
     "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC -shared"
+    " -Wl,-Bsymbolic"
 )
 _X86_FLAGS = ["-mprefer-vector-width=512"]
 _MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in the source

@@ -98,7 +98,7 @@ static void multiply_vectors(float *sums, const Block *b) {
 #define REQUEST_PERMISSION 0x1023 /* of arch_prctl, and the number of the tiles' state */
 #define TILE_DATA 18
 
-static int may_use_tiles(void) {
+int may_use_tiles(void) {
     static int may = -1;
     if (may < 0) may = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
     return may;
@@ -106,9 +106,8 @@ static int may_use_tiles(void) {
 
 static __thread int64_t num_shaped; /* tokens that this thread's tiles are shaped for; 0: they are not in use */
 
-/* Tiles 0 to 3 are sums, 4 and 5 of up to 16 tokens each, 6 and 7 the halves of a panel's step. */
-static void shape_tiles(int64_t num) {
-    if (num == num_shaped) return;
+void shape_tiles(int64_t num) {
+    if (num == num_shaped || !may_use_tiles()) return;
     num_shaped = num;
     struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t num_rows[16]; } shape = {1};
     int64_t first = num < 16 ? num : 16, second = num > 16 ? num - 16 : 1;
@@ -116,10 +115,11 @@ static void shape_tiles(int64_t num) {
         shape.row_bytes[i] = 64;
         shape.num_rows[i] = i == 6 || i == 7 ? 16 : i == 2 || i == 3 || i == 5 ? second : first;
     }
+    __asm__ volatile("" ::"r"(&shape) : "memory"); /* or else gcc takes only the first bytes for read */
     _tile_loadconfig(&shape);
 }
 
-static void release_tiles(void) {
+void release_tiles(void) {
     if (num_shaped) _tile_release();
     num_shaped = 0;
 }
@@ -160,8 +160,9 @@ static void multiply_tiles(float *sums, const Block *b) {
     else multiply_some_tiles(sums, b, 0);
 }
 #else
-static int may_use_tiles(void) { return 0; }
-static void release_tiles(void) {}
+int may_use_tiles(void) { return 0; }
+void shape_tiles(int64_t num) {}
+void release_tiles(void) {}
 static void multiply_tiles(float *sums, const Block *b) {}
 #endif
 
