@@ -2,10 +2,6 @@
 
 #include "cpu_kernels.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #define NUM_KEYS 128 /* of a block: that many scores are kept at a time */
 #define MAX_GROUP 32 /* query heads of a key head; the limits are checked by the caller */
 #define MAX_SIZE 256 /* of a head */
@@ -14,11 +10,11 @@
    are read after these. */
 INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const bf16 *values, const bf16 *next_keys,
                          int64_t first, int64_t last, float scale, int64_t group, int64_t size) {
-    float q[MAX_GROUP][MAX_SIZE], sums[MAX_GROUP][MAX_SIZE], p[MAX_GROUP][NUM_KEYS], most[MAX_GROUP], total[MAX_GROUP];
+    float sums[MAX_GROUP][MAX_SIZE], p[MAX_GROUP][NUM_KEYS], most[MAX_GROUP], total[MAX_GROUP];
     for (int64_t g = 0; g < group; g++) {
         most[g] = -INFINITY, total[g] = 0;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) q[g][i] = scale * wide(query[g * size + i]), sums[g][i] = 0;
+        for (int64_t i = 0; i < size; i++) sums[g][i] = 0;
     }
     for (int64_t start = first; start <= last; start += NUM_KEYS) {
         int64_t num = last + 1 - start < NUM_KEYS ? last + 1 - start : NUM_KEYS;
@@ -26,12 +22,12 @@ INLINE void attend_group(bf16 *out, const bf16 *query, const bf16 *keys, const b
         const bf16 *next = last - start < NUM_KEYS ? next_keys : k + NUM_KEYS * size;
         for (int64_t j = 0; j < num; j += 4) {
             prefetch(v + j * size, 4 * size);
-            for (int64_t g = 0; g < group; g++) dots(p[g] + j, q[g], k + j * size, size, num - j, size);
+            for (int64_t g = 0; g < group; g++) dots(p[g] + j, query + g * size, k + j * size, num - j, size);
         }
         for (int64_t g = 0; g < group; g++) {
             float now = most[g], sum = 0;
 #pragma omp simd reduction(max : now)
-            for (int64_t j = 0; j < num; j++) now = p[g][j] > now ? p[g][j] : now;
+            for (int64_t j = 0; j < num; j++) p[g][j] *= scale, now = p[g][j] > now ? p[g][j] : now;
             float kept = exp_of(most[g] - now);
             most[g] = now;
 #pragma omp simd reduction(+ : sum)

@@ -23,7 +23,7 @@ typedef struct {
     int64_t num_adapters;
     const Factors *factors; /* [adapters, stride], one for each layer */
     int64_t stride, max_rank;
-    float *scratch; /* room for [tokens, in + layers * max_rank] */
+    float *scratch;    /* room for [tokens, layers * max_rank] */
     int64_t is_scaled; /* whether any has gains */
 } Adapted;
 

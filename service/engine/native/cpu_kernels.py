@@ -204,15 +204,14 @@ class AdaptedTokens:
         factors: torch.Tensor,
         *,
         max_rank: int,
-        max_width: int,
+        max_members: int,
         is_scaled: bool,
     ) -> None:
         """`tokens` int64 lists those of each adapter, from starts[i] to starts[i + 1]. `factors` int64 [adapters,
         layers, 4] holds addresses of A [rank, in], B^T [rank, out] and of DoRA's fp32 gains [out] (0: none), and the
-        rank (0: an adapter leaves a layer alone). `max_width`: of the inputs and ranks of layers that are adapted
-        together."""
+        rank (0: an adapter leaves a layer alone). `max_members`: of layers that are adapted together."""
         self._function = kernels.library.adapt
-        scratch = torch.empty(len(tokens) * max_width)
+        scratch = torch.empty(len(tokens) * max_members * max_rank)
         self._tensors = tokens, starts, factors, scratch  # as long as their addresses are in use
         self._num_tokens = int(tokens.max()) + 1  # at least, of any input
         self.struct = Adapted(

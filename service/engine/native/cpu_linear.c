@@ -25,8 +25,6 @@ INLINE void fetch_lines(const Block *b, int64_t step) {
 
 /* sums [num, 32]; `num` is a constant of at least as many tokens as there are. */
 #ifdef __AVX512BF16__
-#include <immintrin.h>
-
 #define FEW 12 /* tokens that are multiplied with a panel at a time, by vectors: their sums fill the registers */
 
 INLINE void multiply_few(float *sums, const Block *b, int64_t num) {

@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef uint16_t bf16;
 
@@ -40,23 +43,37 @@ INLINE void prefetch(const bf16 *x, int64_t num) {
     for (int64_t i = 0; i < num; i += 32) __builtin_prefetch(x + i);
 }
 
-/* Dot products of `a` with the first four of `num` rows, fewer where there are fewer. */
-INLINE void dots(float *out, const float *a, const bf16 *rows, int64_t stride, int64_t num, int64_t size) {
-    for (int64_t j = 0; num < 4 && j < num; j++) {
+/* Dot products of x with the first four of `num` rows, fewer where there are fewer. */
+INLINE void dots(float *out, const bf16 *x, const bf16 *rows, int64_t num, int64_t size) {
+#ifdef __AVX512BF16__
+    if (num >= 4 && size % 32 == 0) {
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+        for (int64_t i = 0; i < size; i += 32) {
+            const bf16 *row = rows + i;
+            __m512bh a = (__m512bh)_mm512_loadu_si512(x + i);
+            s0 = _mm512_dpbf16_ps(s0, a, (__m512bh)_mm512_loadu_si512(row));
+            s1 = _mm512_dpbf16_ps(s1, a, (__m512bh)_mm512_loadu_si512(row + size));
+            s2 = _mm512_dpbf16_ps(s2, a, (__m512bh)_mm512_loadu_si512(row + 2 * size));
+            s3 = _mm512_dpbf16_ps(s3, a, (__m512bh)_mm512_loadu_si512(row + 3 * size));
+        }
+        /* The sums of all four at once: neighbours first, then the four parts of the vector. */
+        __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+        __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+        __m512d first = _mm512_unpacklo_pd(_mm512_castps_pd(low), _mm512_castps_pd(high));
+        __m512d second = _mm512_unpackhi_pd(_mm512_castps_pd(low), _mm512_castps_pd(high));
+        __m512 parts = _mm512_add_ps(_mm512_castpd_ps(first), _mm512_castpd_ps(second));
+        __m128 halves[2] = {_mm_add_ps(_mm512_castps512_ps128(parts), _mm512_extractf32x4_ps(parts, 1)),
+                            _mm_add_ps(_mm512_extractf32x4_ps(parts, 2), _mm512_extractf32x4_ps(parts, 3))};
+        _mm_storeu_ps(out, _mm_add_ps(halves[0], halves[1]));
+        return;
+    }
+#endif
+    for (int64_t j = 0; j < 4 && j < num; j++) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < size; i++) sum += a[i] * wide(rows[j * stride + i]);
+        for (int64_t i = 0; i < size; i++) sum += wide(x[i]) * wide(rows[j * size + i]);
         out[j] = sum;
     }
-    if (num < 4) return;
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < size; i++) {
-        float x = a[i];
-        s0 += x * wide(rows[i]), s1 += x * wide(rows[stride + i]);
-        s2 += x * wide(rows[2 * stride + i]), s3 += x * wide(rows[3 * stride + i]);
-    }
-    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
 }
 
 /* Adds to `sums` the first four of `num` rows times their weights, fewer where there are fewer. */

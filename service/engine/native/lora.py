@@ -100,7 +100,7 @@ class AdapterStack:
         self._held: list[str | None] = []  # the id of each slot's adapter
         self._groups: list[GroupFactors] = []
         self._names: set[str] = set()  # of all groups' layers
-        self._max_in_features = self._max_members = 0  # of any group
+        self._max_members = 0  # layers of any group
         self._kernels = kernels_for(weight)
         self._tables: WeakKeyDictionary[LoadedAdapter, torch.Tensor] = WeakKeyDictionary()
 
@@ -109,7 +109,6 @@ class AdapterStack:
         self._groups.append(group)
         first = len(self._names)
         self._names.update(group.names)
-        self._max_in_features = max(self._max_in_features, group.in_features)
         self._max_members = max(self._max_members, len(group.names))
         return first
 
@@ -161,7 +160,7 @@ class AdapterStack:
             starts=torch.tensor([0, *accumulate(map(len, by_adapter.values()))]),
             factors=torch.stack([self._table(adapter) for adapter in by_adapter]),
             max_rank=max_rank,
-            max_width=self._max_in_features + self._max_members * max_rank,
+            max_members=self._max_members,
             is_scaled=has_gains,
         )
 
