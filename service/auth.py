@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from service.errors import Forbidden, Unauthorized
-from service.store import keys
+from service.store import catalog, keys
 from service.store.database import Database
 
 log = logging.getLogger(__name__)
 
 ADMIN: Final = "admin"  # holds every other scope
+MAX_KNOWN_KEYS: Final = 10_000
 TOUCH_INTERVAL_S: Final = 60.0  # `last_used_at` is written at most this often per key, so that reading stays cheap
 
 _BEARER = re.compile(r"(?i:bearer) +(\S+)\s*")
@@ -31,6 +33,7 @@ class Caller:
     key_id: str
     project_id: str
     scopes: frozenset[str]
+    catalog_version: int = 0  # when the key was checked: what was resolved at this version or later holds
 
     def has(self, *scopes: str) -> bool:
         """Whether the key holds any of the scopes."""
@@ -44,28 +47,42 @@ class Caller:
 
 
 class Authenticator:
-    """Looks keys up on every request: a revoked key fails at once, whichever gateway is asked."""
+    """Asks the database on every request: a revoked key fails at once, whichever gateway is asked."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._touched: dict[str, float] = {}  # key id -> when this process last wrote its use
+        self._known: dict[str, Caller] = {}  # by the secret's hash, each as of its catalog version
+        self._touched: dict[str, float] = {}  # key id -> when its use was last written, as far as this process knows
         self._lock = threading.Lock()
 
     def caller(self, authorization: str | None) -> Caller:
         """The caller of a request with this Authorization header; Unauthorized if it names no valid key."""
         secret = _secret(authorization)
         with self._db.read() as tx:
-            key = keys.find(tx, secret)
-        if key is None:
+            version = catalog.version(tx)
+            known = self._known.get(keys.hash_secret(secret))
+            if known is None or known.catalog_version != version:
+                known = self._look_up(tx, secret, version)
+        if known is None:
             raise Unauthorized(f"Incorrect API key provided: {_redacted(secret)}. {_HINT}")
-        self._note_use(key.id, key.last_used_at)
-        return Caller(key.id, key.project_id, frozenset(key.scopes))
+        self._note_use(known.key_id)
+        return known
 
-    def _note_use(self, key_id: str, last_used_at: float | None) -> None:
+    def _look_up(self, tx: Session, secret: str, version: int) -> Caller | None:
+        key = keys.find(tx, secret)
+        if key is None:
+            return None
+        if len(self._known) >= MAX_KNOWN_KEYS:
+            self._known.clear()
+        with self._lock:
+            self._touched.setdefault(key.id, key.last_used_at or 0.0)
+        caller = self._known[key.key_hash] = Caller(key.id, key.project_id, frozenset(key.scopes), version)
+        return caller
+
+    def _note_use(self, key_id: str) -> None:
         moment = time.time()
         with self._lock:
-            last = max(self._touched.get(key_id, 0.0), last_used_at or 0.0)
-            if moment - last < TOUCH_INTERVAL_S:
+            if moment - self._touched.get(key_id, 0.0) < TOUCH_INTERVAL_S:
                 return
             self._touched[key_id] = moment
         try:

@@ -193,6 +193,8 @@ _ENDPOINTS = {
 
 async def resolve(platform: Platform, caller: Caller, name: str) -> Target:
     """What the name means now."""
+    if (known := platform.catalog.known(caller.project_id, name, caller.catalog_version)) is not None:
+        return known
     return await run_in_threadpool(platform.catalog.lookup, caller.project_id, name)
 
 

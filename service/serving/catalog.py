@@ -1,7 +1,8 @@
 """From the name in a request to the immutable model and the app that serves it.
 
-The catalog's version is read from the database in every request, so that a moved alias is seen by every request that
-is accepted after the move returned; only what that version implies is cached. Owns no SQL and no Serve call.
+The catalog's version is read from the database in every request, as its key is checked, so that a moved alias is seen
+by every request that is accepted after the move returned; only what that version implies is cached. Owns no SQL and no
+Serve call.
 """
 
 from __future__ import annotations
@@ -69,6 +70,11 @@ class Catalog:
         self._db = db
         self._cache: dict[tuple[str, str], tuple[int, Target]] = {}
 
+    def known(self, project_id: str, name: str, version: int) -> Target | None:
+        """The target, if it was resolved at this version of the catalog or later."""
+        cached = self._cache.get((project_id, name))
+        return cached[1] if cached is not None and cached[0] >= version else None
+
     def lookup(self, project_id: str, name: str) -> Target:
         """`resolve` in a transaction of its own; blocks for a moment, so call it in a thread."""
         with self._db.read() as tx:
@@ -80,9 +86,8 @@ class Catalog:
         An immutable id wins over an alias of the same name: it must never come to mean other weights.
         """
         version = versions.version(tx)
-        cached = self._cache.get((project_id, name))
-        if cached is not None and cached[0] == version:
-            return cached[1]
+        if (known := self.known(project_id, name, version)) is not None:
+            return known
         target = _by_id(tx, project_id, name, name) or _by_alias(tx, project_id, name)
         if target is None:
             raise model_not_found(name)

@@ -1,5 +1,5 @@
-"""The version counter of everything that a model name can resolve to. Reading it is one indexed look-up, so a gateway
-asks per request and sees every change that was committed before."""
+"""The version counter of everything that an API key or a model name can resolve to. Reading it is one indexed look-up,
+so a gateway asks once per request, sees every change that was committed before, and may keep the rest in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAME = "catalog"
 
 
 def version(tx: Session) -> int:
-    """Grows with every change of bases, models or aliases."""
+    """Grows with every change of keys, bases, models or aliases."""
     return tx.scalar(select(Counter.value).where(Counter.name == NAME)) or 0
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from service.errors import InvalidRequest, NotFound
+from service.store import catalog
 from service.store.database import new_id, now
 from service.store.instance import DEFAULT_PROJECT
 from service.store.tables import Key
@@ -42,6 +43,7 @@ def put_admin(tx: Session, secret: str) -> Key:
         if key.key_hash == hash_secret(secret):
             return key
         key.revoked_at = now()
+        catalog.bump(tx)
     return _insert(tx, secret, DEFAULT_PROJECT, ADMIN_KEY_NAME, ["admin"], None)
 
 
@@ -58,6 +60,7 @@ def _insert(tx: Session, secret: str, project_id: str, name: str, scopes: list[s
     )
     tx.add(key)
     tx.flush()
+    catalog.bump(tx)
     return key
 
 
@@ -86,4 +89,5 @@ def revoke(tx: Session, project_id: str, key_id: str) -> Key:
     if key.name == ADMIN_KEY_NAME and key.created_by is None:
         raise InvalidRequest("The admin key is renewed by deleting its file and restarting, not by revoking it.")
     key.revoked_at = now()
+    catalog.bump(tx)
     return key

@@ -65,7 +65,7 @@ class Instance(Base):
 
 
 class Counter(Base):
-    """Named version counters: `catalog` moves with every change of models, bases or aliases."""
+    """Named version counters: `catalog` moves with every change of keys, models, bases or aliases."""
 
     __tablename__ = "counters"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)

@@ -1,4 +1,5 @@
-/* Attention in bf16 on a CPU, over keys and values in the cache: of any tokens one by one, and of a piece of a prompt. */
+/* Attention in bf16 on a CPU, over keys and values in the cache: of any tokens by themselves, and of a piece of a
+   prompt. */
 
 #include "cpu_kernels.h"
 

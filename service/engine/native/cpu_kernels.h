@@ -1,5 +1,5 @@
-/* The kernels of one decoder layer. All threads of a team call each of these functions with the same arguments and share
-   its work; when it returns, all of its results are there. Tensors are contiguous where nothing else is said. */
+/* The kernels of one decoder layer. All threads of a team call each of these functions with the same arguments and
+   share its work; when it returns, all of its results are there. Tensors are contiguous where nothing else is said. */
 
 #pragma once
 
@@ -32,8 +32,8 @@ typedef struct {
 void adapt_tokens(bf16 *y, const bf16 *x, const bf16 *bias, const Adapted *adapted, int64_t first,
                   const int64_t *columns, int64_t num_layers, int64_t in);
 
-/* Queries, keys and values of all tokens. Heads of a token lie side by side; from token to token it is `q_stride` in the
-   queries, `kv_stride` in keys and values. */
+/* Queries, keys and values of all tokens. Heads of a token lie side by side; from token to token it is `q_stride` in
+   the queries, `kv_stride` in keys and values. */
 typedef struct {
     bf16 *out; /* [tokens, heads, size] */
     const bf16 *query, *key, *value;
@@ -43,8 +43,8 @@ typedef struct {
 } Heads;
 
 /* Some tokens of a step, given by their numbers, rows and positions: their keys and values go into the cache [2, rows,
-   key heads, capacity, size], then each attends to what its row holds up to its own position, or to the last `window` of
-   that. */
+   key heads, capacity, size], then each attends to what its row holds up to its own position, or to the last `window`
+   of that. */
 void attend_tokens(const Heads *heads, bf16 *cache, int64_t num_rows, int64_t capacity, const int64_t *tokens,
                    const int64_t *rows, const int64_t *positions, int64_t num);
 
