@@ -119,6 +119,7 @@ INLINE void product_of_tiles(float *c, int64_t c_stride, const float *factors, c
             float *at = c + r * c_stride + v * LANES;
             _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(factors[r])));
         }
+    BEFORE_TILES();
     if (factors) {
         _tile_loadd(0, c, c_bytes);
         _tile_loadd(1, c + LANES, c_bytes);

@@ -57,6 +57,7 @@ void attend_prompt(const Heads *heads, bf16 *keys, bf16 *values, int64_t capacit
 /* Products of tiles, where a processor has them and the system allows them: tiles 0 to 3 are sums, 4 and 5 of up to 16
    tokens each, 6 and 7 of 16 pairs of inputs. A thread shapes its tiles for a number of tokens up to 32, and releases
    them before others may want another shape. */
+#define BEFORE_TILES() __asm__ volatile("" ::: "memory") /* gcc does not know what a load of tiles reads */
 int may_use_tiles(void);
 void shape_tiles(int64_t num_tokens);
 void release_tiles(void);

@@ -30,6 +30,7 @@ _FLAGS = (
 )
 _X86_FLAGS = ["-mprefer-vector-width=512"]
 _MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in the source
+_FEW = 64  # tokens
 _PANEL, _STEP = 32, 32  # as in cpu_linear.c: outputs, and inputs, that are multiplied at a time
 _SIGNATURES = {
     "linear": [c_void_p] * 5 + [c_int64] * 3,
@@ -93,13 +94,12 @@ class CpuKernels:
     """The functions of the sources, on tensors."""
 
     def __init__(self, library: str) -> None:
-        # All but a whole layer are too short to hand the interpreter over, which PyDLL does not.
-        self.library, whole = ctypes.PyDLL(library), ctypes.CDLL(library)
+        # With few tokens, all but a whole layer are too short to hand the interpreter over, which PyDLL does not.
+        self.library, self.long = ctypes.PyDLL(library), ctypes.CDLL(library)
         for name, types in _SIGNATURES.items():
-            for loaded in (self.library, whole):
+            for loaded in (self.library, self.long):
                 if (function := getattr(loaded, name, None)) is not None:
                     function.argtypes, function.restype = types, None
-        self.decoder_layer = whole.decoder_layer
 
     @staticmethod
     def can_multiply(num_inputs: int) -> bool:
@@ -120,7 +120,7 @@ class CpuKernels:
         num_tokens, num_inputs = x.shape
         y = x.new_empty(num_tokens, num_outputs)
         addresses = [0 if part is None else part.data_ptr() for part in (bias, residual)]
-        self.library.linear(
+        (self.long if num_tokens > _FEW else self.library).linear(
             *(y.data_ptr(), x.data_ptr(), panels.data_ptr(), *addresses, num_tokens, num_inputs, num_outputs)
         )
         return y
@@ -174,7 +174,7 @@ class CpuKernels:
         assert keys.is_contiguous()
         assert start + len(query) <= keys.shape[1]
         heads, _tensors = _heads_of_all(out, query, key, value, scale, window)
-        self.library.attend_piece(
+        self.long.attend_piece(
             ctypes.byref(heads), keys.data_ptr(), values.data_ptr(), keys.shape[1], 0, start, len(query)
         )
 
@@ -226,6 +226,7 @@ class AdaptedTokens:
         address of int64 [layers + 1], where each layer's outputs begin; `bias` of the layers' own [out], or 0."""
         assert x.is_contiguous()
         assert y.is_contiguous()
+        assert y.dtype is torch.bfloat16
         assert len(x) >= self._num_tokens
         self._function(
             *(y.data_ptr(), x.data_ptr(), bias, ctypes.byref(self.struct), first_layer, columns),

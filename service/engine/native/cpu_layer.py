@@ -101,7 +101,7 @@ class LayerKernel:
     ) -> None:
         """Linear layers: q, k and v; o; gate and up; down. Norms before the first and the third, each with its
         epsilon; `head_norms` [heads of queries and keys, size] those of each head."""
-        self._function = kernels.decoder_layer
+        self._function = kernels.long.decoder_layer
         self._tensors = norms, head_norms
         _, o, gate_up, down = groups = [_group(linear) for linear in linears]
         qkv = groups[0]
@@ -132,7 +132,7 @@ class LayerKernel:
 def _group(linear: FusedLinear) -> _Group:
     factors = linear.factors
     return _Group(
-        *(linear.weight.data_ptr(), None if linear.bias is None else linear.bias.data_ptr()),
+        *(linear.laid_out.data_ptr(), None if linear.bias is None else linear.bias.data_ptr()),
         *(factors.in_features, sum(factors.out_features), factors.first, len(factors.names)),
         factors.columns_at.data_ptr(),
     )

@@ -124,6 +124,7 @@ void release_tiles(void) {
 
 INLINE void multiply_some_tiles(float *sums, const Block *b, int is_many) {
     int64_t x_bytes = b->in * sizeof(bf16), row_bytes = PANEL * sizeof(float);
+    BEFORE_TILES();
     _tile_zero(0);
     _tile_zero(1);
     if (is_many) {
@@ -176,6 +177,7 @@ static void put(bf16 *y, const float *sums, const bf16 *bias, const bf16 *residu
 
 void multiply(bf16 *y, const bf16 *x, const bf16 *panels, const bf16 *bias, const bf16 *residual, int64_t num_tokens,
               int64_t in, int64_t out) {
+    if (num_tokens == 0) return;
     int64_t most = may_use_tiles() ? MANY : FEW, num_blocks = (num_tokens + most - 1) / most;
     int64_t together = most == MANY ? MANY : (num_tokens + num_blocks - 1) / num_blocks;
     int64_t num_panels = (out + PANEL - 1) / PANEL, size = in / STEP * STEP_SIZE;

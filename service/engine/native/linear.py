@@ -30,18 +30,18 @@ class FusedLinear(nn.Module):
         weight = rows[0] if len(rows) == 1 else torch.cat(rows)
         kernels = kernels_for(weight)
         self.kernels = kernels if kernels is not None and kernels.can_multiply(weight.shape[1]) else None
-        self.weight = panels_of(weight.detach()) if self.kernels else weight.detach()
+        self.laid_out = panels_of(weight.detach()) if self.kernels else weight.detach()
         out_features = tuple(len(part) for part in rows)
         self._num_outputs = sum(out_features)
         self.factors = GroupFactors(tuple(names), weight.shape[1], out_features, self.bias, stack)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out of all] of [..., in]; tokens are counted over all leading dimensions."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         if self.kernels is not None:
-            y = self.kernels.linear(flat.contiguous(), self.weight, self._num_outputs, self.bias)
+            y = self.kernels.linear(flat, self.laid_out, self._num_outputs, self.bias)
         else:
-            y = F.linear(flat, self.weight, self.bias)
+            y = F.linear(flat, self.laid_out, self.bias)
         if self.factors.is_adapted:
             self.factors.adapt(flat, y)
         return y.view(*x.shape[:-1], -1)
@@ -52,19 +52,23 @@ class FusedLinear(nn.Module):
             return residual + self(x)
         y: torch.Tensor
         if self.kernels is not None:
-            y = self.kernels.linear(x.contiguous(), self.weight, self._num_outputs, self.bias, residual)
+            y = self.kernels.linear(x.contiguous(), self.laid_out, self._num_outputs, self.bias, residual)
         elif self.bias is None:
-            y = torch.addmm(residual, x, self.weight.t())
+            y = torch.addmm(residual, x, self.laid_out.t())
         else:
-            y = residual + F.linear(x, self.weight, self.bias)
+            y = residual + F.linear(x, self.laid_out, self.bias)
         if self.factors.is_adapted:
             self.factors.adapt(x, y)
         return y
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out of all, in]."""
+        return self.laid_out if self.kernels is None else weight_of(self.laid_out, self._num_outputs)
+
     def rows(self, member: int) -> torch.Tensor:
         """The weight [out, in] of one of the layers."""
-        dense = self.weight if self.kernels is None else weight_of(self.weight, self._num_outputs)
-        return dense.split(self.factors.out_features)[member]
+        return self.weight.split(self.factors.out_features)[member]
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Linear:
     @property
     def like(self) -> torch.Tensor:
         """An empty tensor of the weight's type, on its device."""
-        return torch.empty(0, dtype=self.fused.weight.dtype, device=self.fused.weight.device)
+        return torch.empty(0, dtype=self.fused.laid_out.dtype, device=self.fused.laid_out.device)
 
 
 def fuse_single(model: nn.Module, stack: AdapterStack) -> None:
