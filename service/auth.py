@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 ADMIN: Final = "admin"  # holds every other scope
 MAX_KNOWN_KEYS: Final = 10_000
-TOUCH_INTERVAL_S: Final = 60.0  # `last_used_at` is written at most this often per key, so that reading stays cheap
+TOUCH_INTERVAL_S: Final = 60.0  # a gateway writes `last_used_at` at most this often per key: reading stays cheap
 
 _BEARER = re.compile(r"(?i:bearer) +(\S+)\s*")
 _HINT = "Send a valid API key as 'Authorization: Bearer <key>'; whoever runs this service finds the first one in the admin key file."  # noqa: E501
@@ -33,7 +33,7 @@ class Caller:
     key_id: str
     project_id: str
     scopes: frozenset[str]
-    catalog_version: int = 0  # when the key was checked: what was resolved at this version or later holds
+    catalog_version: int  # when the key was checked: what was resolved at this version or later holds
 
     def has(self, *scopes: str) -> bool:
         """Whether the key holds any of the scopes."""

@@ -40,7 +40,7 @@ from training.render import Renderer
 from training.storage import Storage
 
 STATS_INTERVAL_S = 1.0
-_MESSAGES_PER_CORE_S = 50  # of the machine, for all streams of a replica together; their way takes a twentieth
+_MESSAGES_PER_CORE_S = 50  # of the machine, for all streams of a replica; their way takes a twentieth of the core
 _NUM_CORES = os.cpu_count() or 1
 _UNSEEN_PAUSE_S = 1.0  # of an answer that is sent as a whole; what a broken-off one cost is known up to then
 

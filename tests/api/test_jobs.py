@@ -15,7 +15,7 @@ from service.api.schemas import CreateJob
 from service.auth import Caller
 from service.jobs.states import JobState
 from service.platform import Platform
-from service.store import checkpoints, jobs, keys
+from service.store import catalog, checkpoints, jobs, keys
 from service.store.database import now
 from tests.api.conftest import BASE, SLASHED_BASE, NewClient, add_base_row, upload
 from training.spec import ClassificationSpec, DpoSpec, EmbeddingSpec, TrainSpec
@@ -412,7 +412,7 @@ def test_a_retry_that_overtakes_its_original_makes_one_job(platform: Platform, c
         with platform.db.write() as tx:
             key = keys.find(tx, admin_key)
             assert key is not None
-            who = Caller(key.id, key.project_id, frozenset(key.scopes))
+            who = Caller(key.id, key.project_id, frozenset(key.scopes), catalog.version(tx))
             return create_job(tx, platform, who, body, Attempt(retry_count, "", received_at)).id
 
     before = now()

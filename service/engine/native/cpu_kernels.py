@@ -1,6 +1,6 @@
 """Kernels of our own for bf16 on a CPU: torch spends half of a decoding step on starting small operations, and its
 products of few tokens read weights at half the speed of the memory. Compiled from `cpu_*.c` for the processor at hand
-when an engine starts, in a second; without gcc, or in another dtype or on a GPU, torch's operations compute the same.
+when an engine starts, in two seconds; without gcc, in another dtype or on a GPU, torch's operations compute the same.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _FLAGS = (
     " -Wl,-Bsymbolic"
 )
 _X86_FLAGS = ["-mprefer-vector-width=512"]
-_MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in the source
-_FEW = 64  # tokens
+_MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in cpu_attention.c
+_NUM_SHORT = 64  # tokens, up to which a product is short
 _PANEL, _STEP = 32, 32  # as in cpu_linear.c: outputs, and inputs, that are multiplied at a time
 _SIGNATURES = {
     "linear": [c_void_p] * 5 + [c_int64] * 3,
@@ -51,7 +51,7 @@ def _load(*flags: str) -> CpuKernels | None:
     """Compile, with more flags if there are any, and load, once in a process."""
     compiler = shutil.which("gcc")  # whose OpenMP is torch's, so that both use the same threads
     if compiler is None:
-        log.warning("gcc is not installed: bf16 models run without kernels of our own, at about half the speed")
+        log.warning("gcc is not installed: bf16 models run without kernels of our own, at a third of the speed")
         return None
     more = _X86_FLAGS if platform.machine() == "x86_64" else []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ class CpuKernels:
         num_tokens, num_inputs = x.shape
         y = x.new_empty(num_tokens, num_outputs)
         addresses = [0 if part is None else part.data_ptr() for part in (bias, residual)]
-        (self.long if num_tokens > _FEW else self.library).linear(
+        (self.long if num_tokens > _NUM_SHORT else self.library).linear(
             *(y.data_ptr(), x.data_ptr(), panels.data_ptr(), *addresses, num_tokens, num_inputs, num_outputs)
         )
         return y
@@ -219,15 +219,19 @@ class AdaptedTokens:
             *(max_rank, scratch.data_ptr(), is_scaled),
         )
 
+    def check(self, x: torch.Tensor) -> None:
+        """That these tokens are among those of x [tokens, in]."""
+        assert x.is_contiguous()
+        assert len(x) >= self._num_tokens
+
     def adapt(
         self, y: torch.Tensor, x: torch.Tensor, bias: int, first_layer: int, columns: int, num_layers: int
     ) -> None:
         """Add to y [tokens, out of some layers, side by side] what adapters make of x [tokens, in]. `columns` is the
         address of int64 [layers + 1], where each layer's outputs begin; `bias` of the layers' own [out], or 0."""
-        assert x.is_contiguous()
+        self.check(x)
         assert y.is_contiguous()
         assert y.dtype is torch.bfloat16
-        assert len(x) >= self._num_tokens
         self._function(
             *(y.data_ptr(), x.data_ptr(), bias, ctypes.byref(self.struct), first_layer, columns),
             *(num_layers, x.shape[1]),

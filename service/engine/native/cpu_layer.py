@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from typing import TYPE_CHECKING
 
@@ -61,7 +61,7 @@ class LayerStep:
         x: torch.Tensor,
         widths: Sequence[int],
         angles: tuple[torch.Tensor, torch.Tensor],
-        parts: Iterable[_Part],
+        parts: Sequence[_Part],
         lora: LoraPlan,
     ) -> None:
         """x [tokens, width] is changed in place; widths of what a layer makes of a token, one thing after another;
@@ -74,10 +74,11 @@ class LayerStep:
             addresses.append(at)
             at += len(x) * width * x.itemsize
         self._tensors = x, room, cosine, sine  # as long as their addresses are in use
-        listed = list(parts)
+        if lora.listed is not None:
+            lora.listed.check(x)
         self.struct = _Step(
             *(x.data_ptr(), *addresses, cosine.data_ptr(), sine.data_ptr(), len(x)),
-            *((_Part * len(listed))(*listed), len(listed)),
+            *((_Part * len(parts))(*parts), len(parts)),
             ctypes.pointer(lora.listed.struct) if lora.listed is not None else None,
         )
 
@@ -103,8 +104,7 @@ class LayerKernel:
         epsilon; `head_norms` [heads of queries and keys, size] those of each head."""
         self._function = kernels.long.decoder_layer
         self._tensors = norms, head_norms
-        _, o, gate_up, down = groups = [_group(linear) for linear in linears]
-        qkv = groups[0]
+        qkv, o, gate_up, down = groups = [_group(linear) for linear in linears]
         head_weights, head_eps = head_norms or (None, 0.0)
         self._widths = qkv.in_features, qkv.out_features, o.in_features, gate_up.out_features, down.in_features
         self._struct = _Layer(
@@ -119,10 +119,14 @@ class LayerKernel:
         self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], parts: Sequence[Part], lora: LoraPlan
     ) -> LayerStep | None:
         """A step for this and all other layers; None if it holds what only torch computes."""
-        described = [_described(part) for part in parts]
-        if lora.pieces or None in described:
+        if lora.pieces:
             return None
-        return LayerStep(x, self._widths, angles, (part for part in described if part is not None), lora)
+        described = []
+        for part in parts:
+            if (one := _described(part)) is None:
+                return None
+            described.append(one)
+        return LayerStep(x, self._widths, angles, described, lora)
 
     def __call__(self, step: LayerStep) -> None:
         """Let the step's tokens pass through the layer."""
@@ -146,6 +150,7 @@ def _described(part: Part) -> _Part | None:
             return _Part(*cache, *lists, 0, 0, 0, which.shape[1])
         case Whole(row=row, tokens=tokens, start=start):
             pool, num = row.pool, tokens.stop - tokens.start
+            assert start + num <= pool.capacity
             cache = pool.states.data_ptr(), pool.num_rows, pool.capacity
             return _Part(*cache, None, None, None, row.number, tokens.start, start, num)
     return None
