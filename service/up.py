@@ -30,7 +30,7 @@ from service.app import gateway_app, read_instance_id
 from service.jobs.orchestrator_actor import ensure_orchestrator, find_orchestrator
 from service.serving.fleet import own_app_names
 from service.serving.naming import gateway_app_name
-from service.settings import Settings, pace_serve
+from service.settings import Settings, tune_serve
 from service.store import bases, keys, migrate, tasks
 from service.store.database import Database
 from service.store.instance import DEFAULT_PROJECT
@@ -181,7 +181,7 @@ def _cluster(settings: Settings) -> Iterator[str]:
     resources of a killed training run (2.60)."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its news are not the user's
     if not settings.ray_address:
-        pace_serve()
+        tune_serve()
         context = ray.init(
             address="local",
             include_dashboard=True,

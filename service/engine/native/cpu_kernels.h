@@ -5,6 +5,9 @@
 
 #include "cpu_vectors.h"
 
+#define MAX_GROUP 32 /* query heads of a key head; the limits of attention, which the caller checks */
+#define MAX_SIZE 256 /* of a head */
+
 /* y [tokens, out] = x [tokens, in] W^T + bias [out] + residual [tokens, out], the latter two or null, with W in the
    panels of `cpu_linear.c`; `in` is a multiple of 32. y may be the residual. */
 void multiply(bf16 *y, const bf16 *x, const bf16 *panels, const bf16 *bias, const bf16 *residual, int64_t num_tokens,

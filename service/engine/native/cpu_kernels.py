@@ -21,7 +21,7 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 _SOURCES = [
-    Path(__file__).with_name(name) for name in ("cpu_adapters.c", "cpu_attention.c", "cpu_layer.c", "cpu_linear.c")
+    Path(__file__).with_name(f"cpu_{part}.c") for part in ("adapters", "attention", "layer", "linear", "prompts")
 ]
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
 _FLAGS = (
@@ -29,7 +29,7 @@ _FLAGS = (
     " -Wl,-Bsymbolic"
 )
 _X86_FLAGS = ["-mprefer-vector-width=512"]
-_MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in cpu_attention.c
+_MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in cpu_kernels.h
 _NUM_SHORT = 64  # tokens, up to which a product is short
 _PANEL, _STEP = 32, 32  # as in cpu_linear.c: outputs, and inputs, that are multiplied at a time
 _SIGNATURES = {

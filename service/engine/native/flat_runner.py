@@ -1,5 +1,6 @@
 """The fast path: one forward pass over a flat row of tokens, whatever they are: the newest token of each running
-sequence, and pieces of prompts. See `flat_attention`, `kv_cache` and `lora` for how each token finds its own."""
+sequence, and pieces of prompts. See `flat_attention`, `kv_cache` and `lora` for how each token finds its own, and `paged`
+and `decode_graphs` for what is different on a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from service.engine.native.cpu_kernels import kernels_for
+from service.engine.native.decode_graphs import DecodeGraphs
 from service.engine.native.flat_attention import FLAT, AttentionPlan, Newest, Part, Piece, Scattered, Whole, rounded
 from service.engine.native.fused_layers import fuse
 from service.engine.native.kv_cache import KvCache, Pool, Row, StateShape, row_capacity
 from service.engine.native.linear import fuse_head, fuse_single, linear_layers
 from service.engine.native.lora import AdapterStack, LoadedAdapter
 from service.engine.native.lora import Piece as LoraPiece
+from service.engine.native.paged import Paged, PagedCache, PagedRow, can_page, paged_capacity
 from service.engine.native.prefix_cache import PrefixCache
 from service.engine.native.runner import Feed, context_of
 
@@ -52,53 +55,73 @@ class FlatRunner:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_context = context_of(model)
         self._model = model
-        self._stack, self._head_stack = AdapterStack(model), AdapterStack(model)
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = StateShape(config.num_hidden_layers, num_heads, size, model.dtype, self.device)
+        is_paged = can_page(shape, config.num_attention_heads)
+        self._stack, self._head_stack = (AdapterStack(model, keeps_first_empty=is_paged) for _ in range(2))
         model.set_attn_implementation(FLAT)
         fuse(model, self._stack)
         fuse_head(model, self._head_stack)
         fuse_single(model, self._stack)
         self.layers = linear_layers(model) if with_adapters else {}
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = StateShape(config.num_hidden_layers, num_heads, size, model.dtype, self.device)
         kernels = kernels_for(torch.empty(0, dtype=model.dtype, device=self.device))
         can_attend = kernels is not None and kernels.can_attend(config.num_attention_heads, num_heads, size)
         self._kernels = kernels if can_attend else None
         self._has_piece_kernel = self._kernels is not None and self._kernels.can_attend_piece(size)
         self._many_scores = _MANY_SCORES_OF_KERNEL if self._has_piece_kernel else _MANY_SCORES
+        capacity_for = paged_capacity if is_paged else row_capacity
         max_tokens = max_cache_tokens or min(
-            max_rows * row_capacity(self.max_context), int(_free_bytes(self.device) // shape.token_bytes)
+            max_rows * capacity_for(self.max_context), int(_free_bytes(self.device) // shape.token_bytes)
         )
-        self.cache = KvCache(shape, max_tokens)
+        self.cache: KvCache | PagedCache = KvCache(shape, max_tokens)
+        self._graphs: DecodeGraphs | None = None
+        if is_paged:
+            self.cache = PagedCache(shape, max_tokens)
+            self._graphs = DecodeGraphs(self._newest_logits, self.cache, (self._stack, self._head_stack))
         self.prefixes = PrefixCache(int(_PREFIX_SHARE * max_tokens))
-        while row_capacity(self.max_context) > max_tokens:
-            self.max_context = row_capacity(self.max_context) // 2
+        while capacity_for(self.max_context) > max_tokens:
+            self.max_context = capacity_for(self.max_context) // 2
 
-    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> Row | None:
+    def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> Row | PagedRow | None:
         """See Runner."""
-        row = self.cache.open(len(token_ids) + 1)
+        row: Row | PagedRow | None = self.cache.open(len(token_ids) + 1)
         if row is not None and not anew:
             self.prefixes.fill(row, token_ids, _id(adapter))
         return row
 
-    def grow(self, place: Row, num_tokens: int) -> bool:
+    def grow(self, place: Any, num_tokens: int) -> bool:
         """See Runner."""
         return self.cache.grow(place, num_tokens)
 
-    def keep(self, place: Row, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> None:
+    def keep(self, place: Any, token_ids: Sequence[int], adapter: LoadedAdapter | None) -> None:
         """See Runner."""
         self.prefixes.keep(place, token_ids, _id(adapter))
 
-    def close(self, place: Row) -> None:
+    def close(self, place: Any) -> None:
         """See Runner."""
         self.cache.close(place)
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
-        newest = sorted(
-            (feed for feed in feeds if len(feed.token_ids) == 1),
-            key=lambda feed: (feed.place.pool.capacity, feed.place.number),
-        )
+        logits = self._graphs(feeds) if self._graphs is not None else None
+        if logits is None:
+            logits = self._read(feeds)
+        for feed in feeds:
+            feed.place.length += len(feed.token_ids)
+        num_ends, start = sum(feed.ends for feed in feeds), 0
+        for feed in feeds:
+            if feed.scores is not None:
+                first = num_ends + start
+                feed.scores.add(logits[first : first + len(feed.token_ids)])
+                start += len(feed.token_ids)
+        return logits[:num_ends].float()
+
+    def _read(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """Logits after the last tokens of feeds that end, then of all tokens of those that are scored."""
+        newest = [feed for feed in feeds if len(feed.token_ids) == 1]
+        if isinstance(self.cache, KvCache):
+            newest.sort(key=lambda feed: (feed.place.pool.capacity, feed.place.number))
         pieces = [feed for feed in feeds if len(feed.token_ids) > 1]
         token_ids: list[int] = []
         positions: list[int] = []
@@ -114,28 +137,38 @@ class FlatRunner:
         adapters = [feed.adapter for feed in feeds if feed.ends]
         adapters += [feed.adapter for feed in feeds if feed.scores is not None for _ in feed.token_ids]
         self._head_stack.set_plan(adapters, [])
-        ends = [tokens[id(feed)].stop - 1 for feed in feeds if feed.ends]
+        kept = [tokens[id(feed)].stop - 1 for feed in feeds if feed.ends]
         scored = [feed for feed in feeds if feed.scores is not None]
-        kept = ends + [number for feed in scored for number in range(len(token_ids))[tokens[id(feed)]]]
+        kept += [number for feed in scored for number in range(len(token_ids))[tokens[id(feed)]]]
         kept += [0] * (_rounded_tokens(max(1, len(kept))) - len(kept))
+        return self._logits(
+            torch.tensor(token_ids + padding, device=self.device),
+            torch.tensor(positions + padding, device=self.device),
+            torch.tensor(kept, device=self.device),
+            plan,
+        )
+
+    def _logits(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """[kept, vocabulary] of token ids and positions [tokens], after the tokens whose numbers are kept."""
         logits: torch.Tensor = self._model(
-            input_ids=torch.tensor([token_ids + padding], device=self.device),
-            position_ids=torch.tensor([positions + padding], device=self.device),
-            logits_to_keep=torch.tensor(kept, device=self.device),
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            logits_to_keep=kept,
             use_cache=False,
             plan=plan,
         ).logits[0]
-        for feed in feeds:
-            feed.place.length += len(feed.token_ids)
-        start = len(ends)
-        for feed in scored:
-            assert feed.scores is not None
-            feed.scores.add(logits[start : start + len(feed.token_ids)])
-            start += len(feed.token_ids)
-        return logits[: len(ends)].float()
+        return logits
+
+    def _newest_logits(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """After each token."""
+        return self._logits(token_ids, positions, torch.arange(len(token_ids), device=self.device), plan)
 
     def _parts(self, newest: list[Feed], pieces: list[Feed], tokens: dict[int, slice]) -> list[Part]:
         """Who attends how; `tokens` says where in the flat row each feed lies."""
+        if isinstance(self.cache, PagedCache):
+            return [Paged.of(self.cache, [*newest, *pieces])]
         if self._kernels is None:
             return [*self._newest(newest), *self._pieces(pieces, tokens)]
         long = [feed for feed in pieces if len(feed.token_ids) * _end(feed) > self._many_scores]

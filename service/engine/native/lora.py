@@ -22,6 +22,7 @@ from torch import nn
 from service.engine.native.cpu_kernels import AdaptedTokens, CpuKernels, kernels_for
 
 _RANK_MULTIPLE = 8
+_NOBODY = ""
 _MANY = 128  # tokens of a piece from which products of whole matrices are faster than the kernel
 
 
@@ -90,14 +91,16 @@ class LoraPlan:
 class AdapterStack:
     """The adapters of running sequences, stacked, and the plan of the step that runs now; shared by all groups."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keeps_first_empty: bool = False) -> None:
+        """`keeps_first_empty`: no adapter gets the first slot; see `slots_of`."""
+        self.version = 0  # grows when stacked factors move to other memory
         weight = next(model.parameters())
         self.device = weight.device
         # On a CPU, small products of bf16 take three times as long as those of fp32.
         self.dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
         self.plan = LoraPlan()
         self.rank = 0
-        self._held: list[str | None] = []  # the id of each slot's adapter
+        self._held: list[str | None] = [_NOBODY] if keeps_first_empty else []  # the id of each slot's adapter
         self._groups: list[GroupFactors] = []
         self._names: set[str] = set()  # of all groups' layers
         self._max_members = 0  # layers of any group
@@ -136,6 +139,17 @@ class AdapterStack:
         if used:
             self._seat(used)
             self.plan.spread = self._spread(newest, used, size=max(counts.values()))
+
+    def slots_of(self, newest: Sequence[LoadedAdapter | None]) -> list[int]:
+        """The slots of the adapters of tokens, which are put there where they are missing; the first for tokens without
+        one, whose factors are zeros."""
+        assert self._held[0] == _NOBODY
+        targets = [adapter if self._is_target(adapter) else None for adapter in newest]
+        used = {adapter.id: adapter for adapter in targets if adapter is not None}
+        if used:
+            self._seat(used)
+        slots = {id: self._held.index(id) for id in used}
+        return [0 if adapter is None else slots[adapter.id] for adapter in targets]
 
     def _is_target(self, adapter: LoadedAdapter | None) -> bool:
         """Whether it changes any layer here."""
@@ -199,9 +213,9 @@ class AdapterStack:
         last = max((slot for slot, id in enumerate(self._held) if id in used), default=0)
         rank = max(self.rank, *(-(-adapter.rank // _RANK_MULTIPLE) * _RANK_MULTIPLE for adapter in used.values()))
         if rank != self.rank or last > 4 + 2 * len(used):  # all anew; after a rush, so that few take few slots
-            self.rank, self._held = rank, [None] * len(self._held)
+            self.rank, self._held = rank, [_NOBODY if id == _NOBODY else None for id in self._held]
         newcomers = [id for id in used if id not in self._held]
-        free = [slot for slot, id in enumerate(self._held) if id not in used]
+        free = [slot for slot, id in enumerate(self._held) if id not in used and id != _NOBODY]
         while len(free) < len(newcomers):
             free.append(len(self._held))
             self._held.append(None)
@@ -258,6 +272,7 @@ class GroupFactors:
 
     def _resize(self, num_slots: int, rank: int) -> None:
         """Zeros where there is no adapter: what is computed in vain must be finite."""
+        self._stack.version += 1
         has_same_rank = len(self._gain) and self._down.shape[1] == rank * len(self.names)
         old = [self._down, self._gain, *self._up] if has_same_rank else []
         dtype, device = self._stack.dtype, self._stack.device

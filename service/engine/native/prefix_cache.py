@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from service.engine.native.kv_cache import Row
+from service.engine.native.paged import PagedRow
 
 BLOCK = 32  # tokens
 
@@ -30,7 +31,7 @@ class PrefixCache:
         """Tokens whose states are kept."""
         return BLOCK * len(self._blocks)
 
-    def fill(self, row: Row, token_ids: Sequence[int], adapter_id: str) -> int:
+    def fill(self, row: Row | PagedRow, token_ids: Sequence[int], adapter_id: str) -> int:
         """Copy what is known of a prompt into its row; returns how many tokens that is. At least one token is left to
         be read: its logits are wanted."""
         for name in _names(token_ids[: len(token_ids) - 1], adapter_id):
@@ -40,7 +41,7 @@ class PrefixCache:
             row.length += BLOCK
         return row.length
 
-    def keep(self, row: Row, token_ids: Sequence[int], adapter_id: str) -> None:
+    def keep(self, row: Row | PagedRow, token_ids: Sequence[int], adapter_id: str) -> None:
         """Remember the blocks of a prompt that has been read into the row."""
         if not self._max_blocks:
             return

@@ -22,7 +22,9 @@ from service.engine.token_text import TokenDecoder, TokenPieces
 if TYPE_CHECKING:
     from service.engine.native.engine import Stream
 
-PROMPT_TOKENS_PER_STEP = 512  # bounds how long running streams wait for the prompts of others
+# As few as keep the processor busy: they bound how long running streams wait for the prompts of others, and of many
+# prompts that come together the first need not wait for the last.
+_PROMPT_TOKENS_PER_STEP = {"cpu": 128, "cuda": 1024}
 
 
 class Sequence:
@@ -91,14 +93,16 @@ class Stepper:
         max_batch_size: int,
         stop_token_ids: frozenset[int],
         max_context: int | None,
-        prompt_tokens_per_step: int = PROMPT_TOKENS_PER_STEP,
+        prompt_tokens_per_step: int | None = None,
     ) -> None:
         self.runner = runner
         self.max_context = min(runner.max_context, max_context or runner.max_context)
         self.num_generated_tokens = 0
         self._pieces = TokenPieces(decoder)
         self._stop_token_ids = stop_token_ids
-        max_prompt_tokens = prompt_tokens_per_step if runner.reads_in_pieces else max_batch_size * self.max_context
+        max_prompt_tokens = prompt_tokens_per_step or _PROMPT_TOKENS_PER_STEP[runner.device.type]
+        if not runner.reads_in_pieces:
+            max_prompt_tokens = max_batch_size * self.max_context
         self._scheduler: Scheduler[Sequence] = Scheduler(_Room(runner), max_batch_size, max_prompt_tokens)
         self._sampled: list[Sequence] = []  # whom the sampler is for
         self._sampler = BatchSampler([], runner.device)
