@@ -10,7 +10,7 @@
 #define NUM_HALVES (NUM_KEYS / NUM_TOGETHER)
 #define NUM_ROWS 16      /* of a product, by tiles */
 #define NUM_FEW_ROWS 6   /* and by vectors: with these, its sums fill the registers */
-#define MAX_ROWS 384     /* queries of a key head that share the packing of a block of keys; a multiple of both */
+#define MAX_ROWS 384     /* queries of a key head that share the packing of a block; a multiple of both; 0.8 MB */
 #define MOST_GROWTH 8.0f /* of weights, as a power of 2, before sums are scaled anew */
 
 /* c [rows, 64], from 0 on or added to, of rows `a` and pairs `b` [pairs, 64]. */

@@ -1,8 +1,9 @@
 """Decoding steps on a GPU as CUDA graphs: one launch instead of a thousand, whose starts take longer than their work.
 
-A graph is captured for each size of batch, rounded up, and reads its inputs from one tensor that a step fills; so are
-the places of adapters in the stack (`lora.Slots`). What a graph says is compared once, when it is captured, with the
-same step without it. Steps that read prompts, or want more than the newest logits, run without graphs.
+A graph is captured for each size of batch and of its tables of pages and adapters, rounded up, when a step meets them
+for the second time. It reads its inputs from one tensor that a step fills, and the adapters' places from `lora_slots`.
+What it says is compared once, when it is captured, with the same step without it. Steps that read prompts, or want more
+than the newest logits, run without graphs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class DecodeGraphs:
     def __init__(self, run: Run, cache: PagedCache, stacks: Sequence[AdapterStack]) -> None:
         self._run, self._cache, self._stacks = run, cache, stacks
         self._device = cache.states.device
+        self._record = Recorder()
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+        self._last_new: tuple[object, ...] | None = None  # the last key without a graph
         self._is_working = True
 
     def __call__(self, feeds: Sequence[Feed]) -> torch.Tensor | None:
@@ -57,8 +60,10 @@ class DecodeGraphs:
         found = [seat for seat in seats if seat is not None]
         inputs = _inputs_of(feeds)
         key = (*inputs.shape, *(seat.key for seat in found))
-        if key not in self._graphs and not self._add(key, inputs, found):
-            return None
+        if key not in self._graphs:
+            is_new, self._last_new = key != self._last_new, key
+            if is_new or not self._add(key, inputs, found):
+                return None
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         self._fill(graph.inputs, graph.slots, inputs, found)
@@ -73,7 +78,7 @@ class DecodeGraphs:
             log.warning("CUDA graphs do not work for this model, decoding is slower without: %s", failure)
             self._is_working = False
             return False
-        if error > _MAX_ERROR:
+        if not error <= _MAX_ERROR:  # what is no number is wrong, too
             log.warning("a CUDA graph is wrong by %.3f, decoding is slower without", error)
             self._is_working = False
             return False
@@ -87,8 +92,7 @@ class DecodeGraphs:
         own = torch.zeros_like(inputs, device=self._device)
         slots = [Slots(seat, inputs.shape[1], self._device) for seat in seats]
         self._fill(own, slots, inputs, seats)
-        expected = on_side_stream(lambda: self._logits(own))  # also what a capture wants to have been done before
-        logits, replay = captured(lambda: self._logits(own))
+        expected, logits, replay = self._record(lambda: self._logits(own))
         replay()
         error = (logits - expected).abs().max() / expected.abs().max()
         return _Graph(own, slots, replay, logits), float(error)
@@ -118,10 +122,11 @@ class DecodeGraphs:
 
 
 def _inputs_of(feeds: Sequence[Feed]) -> torch.Tensor:
-    """What a graph reads, on the CPU. Tokens and pages are rounded up to powers of 2; what is behind the feeds reads
-    and writes the page that belongs to nobody."""
+    """What a graph reads, on the CPU. Tokens are rounded up to a power of 2, pages to one of 4; what is behind the
+    feeds reads and writes the page that belongs to nobody."""
     rows = [feed.place for feed in feeds]
-    num_tokens, num_pages = (1 << (num - 1).bit_length() for num in (len(rows), max(len(row.pages) for row in rows)))
+    num_tokens = 1 << (len(rows) - 1).bit_length()
+    num_pages = 4 ** ((max(len(row.pages) for row in rows) - 1).bit_length() + 1 >> 1)
     inputs = np.zeros((_NUM_FIXED + num_pages, num_tokens), dtype=np.int64)
     inputs[3] = 1
     inputs[0, : len(rows)] = [feed.token_ids[0] for feed in feeds]
@@ -133,19 +138,27 @@ def _inputs_of(feeds: Sequence[Feed]) -> torch.Tensor:
     return torch.from_numpy(inputs)
 
 
-def on_side_stream(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a function gives, computed beside the current stream."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        result = run()
-    torch.cuda.current_stream().wait_stream(side)
-    return result
+class Recorder:
+    """Captures graphs, one at a time, all in the same memory: no two of them run at once, and what one says is used
+    before the next one runs."""
 
+    def __init__(self) -> None:
+        self._side = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
 
-def captured(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-    """A function's result, which each call of the second computes anew in the same place."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return result, graph.replay
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+        """What a function says without a graph, which a capture wants to have been done before; then by the graph, in
+        the place where each call of the third computes it anew."""
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            expected = run()
+        current.wait_stream(self._side)
+        graph = torch.cuda.CUDAGraph()
+        # A thread that loads an adapter meanwhile does no harm; and a capture that fails leaves its stream behind.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
+        ):
+            result = run()
+        return expected, result, graph.replay

@@ -1,6 +1,6 @@
 """The fast path: one forward pass over a flat row of tokens, whatever they are: the newest token of each running
-sequence, and pieces of prompts. See `flat_attention`, `kv_cache` and `lora` for how each token finds its own, and `paged`
-and `decode_graphs` for what is different on a GPU."""
+sequence, and pieces of prompts. See `flat_attention`, `kv_cache` and `lora` for how each token finds its own, and
+`paged` and `decode_graphs` for what is different on a GPU."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ FLAT_MODEL_TYPES = frozenset(
 )
 _MEMORY_SHARE = {"cpu": 1 / 4, "cuda": 3 / 4}  # of the memory that is free after loading, for keys and values
 _PREFIX_SHARE = 1 / 4  # of the cache, beside it
+_CHANGING_ROPE = ("dynamic", "longrope")  # whose angles depend on the longest sequence, which a graph cannot ask for
 _NUM_QUERIES = 128  # of a piece at a time
 # Tokens of a piece times keys, from which it is faster to take its tokens together than one by one: by matrix products,
 # or by the kernel for that.
@@ -74,13 +75,16 @@ class FlatRunner:
         max_tokens = max_cache_tokens or min(
             max_rows * capacity_for(self.max_context), int(_free_bytes(self.device) // shape.token_bytes)
         )
-        self.cache: KvCache | PagedCache = KvCache(shape, max_tokens)
         self._graphs: DecodeGraphs | None = None
+        self.cache: KvCache | PagedCache
         if is_paged:
             self.cache = PagedCache(shape, max_tokens)
-            self._graphs = DecodeGraphs(self._newest_logits, self.cache, (self._stack, self._head_stack))
+            if not any(kind in str(getattr(config, "rope_parameters", "")) for kind in _CHANGING_ROPE):
+                self._graphs = DecodeGraphs(self._newest_logits, self.cache, (self._stack, self._head_stack))
+        else:
+            self.cache = KvCache(shape, max_tokens)
         self.prefixes = PrefixCache(int(_PREFIX_SHARE * max_tokens))
-        while capacity_for(self.max_context) > max_tokens:
+        while capacity_for(self.max_context) > max(max_tokens, capacity_for(1)):
             self.max_context = capacity_for(self.max_context) // 2
 
     def open(self, token_ids: Sequence[int], adapter: LoadedAdapter | None, *, anew: bool) -> Row | PagedRow | None:
