@@ -53,7 +53,16 @@ def load_adapter(ref: AdapterRef, layers: dict[str, Linear]) -> LoadedAdapter:
         factors[name] = _factors(ref, name, layer, a, b, magnitude, config)
     if not factors:
         raise AdapterMismatch(f"adapter {ref.id} holds no weights")
-    return LoadedAdapter(ref.id, factors)
+    return LoadedAdapter(ref.id, _together(factors))
+
+
+def _together(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """The same in one piece of memory: in hundreds of pieces, what is freed around them stays as gaps."""
+    parts = [part for of_layer in factors.values() for part in (of_layer.down, of_layer.up)]
+    copies = torch.cat([part.flatten() for part in parts]).split([part.numel() for part in parts])
+    views = [copy.view(part.shape) for copy, part in zip(copies, parts, strict=True)]
+    pairs = zip(views[::2], views[1::2], strict=True)
+    return {name: Factors(*pair, of_layer.gain) for (name, of_layer), pair in zip(factors.items(), pairs, strict=True)}
 
 
 def _module_name(ref: AdapterRef, key: str) -> str:
