@@ -30,13 +30,8 @@ async def test_mixed_company_in_a_small_cache(
     kind: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_cache, "SHORTEST", 32)
-    folder, draw = model_folders[kind], random.Random(kind)
+    folder, requests = model_folders[kind], mixed_requests(kind)
     adapters = save_adapters(folder, tmp_path)
-    beginning = tuple(draw.randrange(256) for _ in range(40))
-    requests = [
-        (name, beginning[: draw.choice((0, 35, 40))] + tuple(draw.randrange(256) for _ in range(draw.randint(1, 30))))
-        for name in ("", "a", "b", "", "a", "b", "a", "")
-    ]
     engine = NativeEngine(folder, tokenizer=Ids(), dtype="fp32", max_batch_size=7, max_cache_tokens=300)  # type: ignore[arg-type]
     async with running(engine):
         stepper = engine._stepper
@@ -70,6 +65,16 @@ async def test_alone_and_in_a_crowd_without_a_prefix_cache(
             assert engine._stepper.runner.prefixes.num_tokens == 0
         for name, prompt, got in {(*request, tuple(got)) for request, got in zip(many, answers, strict=True)}:
             assert_greedy(models[name], prompt, list(got))
+
+
+def mixed_requests(seed: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Adapters' names and prompts, of which some begin alike."""
+    draw = random.Random(seed)
+    beginning = tuple(draw.randrange(256) for _ in range(40))
+    return [
+        (name, beginning[: draw.choice((0, 35, 40))] + tuple(draw.randrange(256) for _ in range(draw.randint(1, 30))))
+        for name in ("", "a", "b", "", "a", "b", "a", "")
+    ]
 
 
 def save_adapters(folder: Path, root: Path) -> dict[str, AdapterRef | None]:

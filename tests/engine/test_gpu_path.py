@@ -7,7 +7,6 @@ on the same tensors that of a graph's replay, so that all around them is tested 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from service.engine.protocol import AdapterRef
 from tests.engine.lora import save_adapter
 from tests.engine.models import FLAT, load_model
 from tests.engine.running import running
-from tests.engine.test_architectures import merged_models, save_adapters
+from tests.engine.test_architectures import merged_models, mixed_requests, save_adapters
 from tests.engine.test_greedy import Ids, assert_greedy, chosen
 
 
@@ -98,13 +97,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", FLAT)
 async def test_greedy_text_equals_generate(kind: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """With and without adapters, beginnings that were read before, and too few pages for all."""
-    folder, draw = model_folders[kind], random.Random(kind)
+    folder, requests = model_folders[kind], mixed_requests(kind)
     adapters = save_adapters(folder, tmp_path)
-    beginning = tuple(draw.randrange(256) for _ in range(40))
-    requests = [
-        (name, beginning[: draw.choice((0, 35, 40))] + tuple(draw.randrange(256) for _ in range(draw.randint(1, 30))))
-        for name in ("", "a", "b", "", "a", "b", "a", "")
-    ]
     engine = NativeEngine(folder, tokenizer=Ids(), dtype="fp32", max_batch_size=7, max_cache_tokens=320)  # type: ignore[arg-type]
     async with running(engine):
         stepper = engine._stepper

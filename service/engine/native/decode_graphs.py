@@ -54,19 +54,19 @@ class DecodeGraphs:
         """Logits [feeds, vocabulary], which hold until the next call; None if this step has to run without a graph."""
         if not self._is_working or any(len(f.token_ids) > 1 or not f.ends or f.scores is not None for f in feeds):
             return None
-        seats = [seats_of(stack, [feed.adapter for feed in feeds]) for stack in self._stacks]
-        if any(seat is None for seat in seats):
+        of_each = (seats_of(stack, [feed.adapter for feed in feeds]) for stack in self._stacks)
+        seats = [seat for seat in of_each if seat is not None]
+        if len(seats) < len(self._stacks):
             return None
-        found = [seat for seat in seats if seat is not None]
         inputs = _inputs_of(feeds)
-        key = (*inputs.shape, *(seat.key for seat in found))
+        key = (*inputs.shape, *(seat.key for seat in seats))
         if key not in self._graphs:
             is_new, self._last_new = key != self._last_new, key
-            if is_new or not self._add(key, inputs, found):
+            if is_new or not self._add(key, inputs, seats):
                 return None
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
-        self._fill(graph.inputs, graph.slots, inputs, found)
+        self._fill(graph.inputs, graph.slots, inputs, seats)
         graph.replay()
         return graph.logits[: len(feeds)]
 
@@ -74,13 +74,13 @@ class DecodeGraphs:
         """Capture a graph by its first step; False, and no graph ever again, if that does not work."""
         try:
             graph, error = self._capture(inputs, seats)
+            self._is_working = error <= _MAX_ERROR  # not so of what is no number
+            if not self._is_working:
+                log.warning("a CUDA graph is wrong by %.3f, decoding is slower without", error)
         except RuntimeError as failure:
             log.warning("CUDA graphs do not work for this model, decoding is slower without: %s", failure)
             self._is_working = False
-            return False
-        if not error <= _MAX_ERROR:  # what is no number is wrong, too
-            log.warning("a CUDA graph is wrong by %.3f, decoding is slower without", error)
-            self._is_working = False
+        if not self._is_working:
             return False
         self._graphs[key] = graph
         if len(self._graphs) > _MAX_GRAPHS:
