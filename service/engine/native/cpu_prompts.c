@@ -1,72 +1,78 @@
 /* Attention in bf16 on a CPU, over keys and values in the cache, of a piece of a prompt. Its tokens are taken together,
-   as products of many queries with blocks of keys, of the processor's tiles (AMX) or vectors (AVX-512). */
+   as products of blocks of keys with many queries, of the processor's tiles (AMX) or vectors (AVX-512). Queries lie
+   along the lanes: keys are then multiplied as they lie in the cache, and what is done to each query needs no sum over
+   the lanes of a vector. */
 
 #include "cpu_kernels.h"
 
 #ifdef __AVX512BF16__
 #define NUM_KEYS 128 /* of a block: that many share a maximum */
 #define LANES 16
-#define NUM_TOGETHER 64 /* columns of a product: four vectors */
-#define NUM_HALVES (NUM_KEYS / NUM_TOGETHER)
-#define NUM_ROWS 16      /* of a product, by tiles */
-#define NUM_FEW_ROWS 6   /* and by vectors: with these, its sums fill the registers */
-#define MAX_ROWS 384     /* queries of a key head that share the packing of a block; a multiple of both; 0.8 MB */
+#define NUM_TOGETHER 32  /* queries of a product: two vectors or tiles */
+#define NUM_ROWS 8       /* of a product, by vectors */
+#define MAX_GROUPS 12    /* of so many queries of a key head that share the packing of a block; 0.6 MB */
 #define MOST_GROWTH 8.0f /* of weights, as a power of 2, before sums are scaled anew */
 
-/* c [rows, 64], from 0 on or added to, of rows `a` and pairs `b` [pairs, 64]. */
-INLINE void product_of_vectors(float *c, int64_t c_stride, int is_added, const bf16 *a, int64_t a_stride,
-                               const uint32_t *b, int64_t num_pairs) {
-    __m512 sums[NUM_FEW_ROWS][4];
-    for (int r = 0; r < NUM_FEW_ROWS; r++)
-        for (int v = 0; v < 4; v++)
-            sums[r][v] = is_added ? _mm512_loadu_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
-    for (int64_t p = 0; p < num_pairs; p++) {
-        __m512bh columns[4];
-        for (int v = 0; v < 4; v++) columns[v] = (__m512bh)_mm512_loadu_si512(b + p * NUM_TOGETHER + v * LANES);
-        for (int r = 0; r < NUM_FEW_ROWS; r++) {
-            int32_t pair;
-            memcpy(&pair, a + r * a_stride + 2 * p, sizeof pair);
-            __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-            for (int v = 0; v < 4; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, columns[v]);
+/* c [num_rows, 32], from 0 on or added to, of rows `a` and pairs `b` [pairs, 32]; rows and pairs in multiples of 16. */
+static void product_of_vectors(float *c, int is_added, const bf16 *a, int64_t a_stride, const uint32_t *b,
+                               int64_t num_pairs, int64_t num_rows) {
+    for (; num_rows > 0; num_rows -= NUM_ROWS, c += NUM_ROWS * NUM_TOGETHER, a += NUM_ROWS * a_stride) {
+        __m512 sums[NUM_ROWS][2];
+        for (int r = 0; r < NUM_ROWS; r++)
+            for (int v = 0; v < 2; v++)
+                sums[r][v] = is_added ? _mm512_loadu_ps(c + r * NUM_TOGETHER + v * LANES) : _mm512_setzero_ps();
+        for (int64_t p = 0; p < num_pairs; p++) {
+            __m512bh low = (__m512bh)_mm512_loadu_si512(b + p * NUM_TOGETHER);
+            __m512bh high = (__m512bh)_mm512_loadu_si512(b + p * NUM_TOGETHER + LANES);
+            for (int r = 0; r < NUM_ROWS; r++) {
+                int32_t pair;
+                memcpy(&pair, a + r * a_stride + 2 * p, sizeof pair);
+                __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, low);
+                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, high);
+            }
         }
+        for (int r = 0; r < NUM_ROWS; r++)
+            for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + r * NUM_TOGETHER + v * LANES, sums[r][v]);
     }
-    for (int r = 0; r < NUM_FEW_ROWS; r++)
-        for (int v = 0; v < 4; v++) _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
-/* The same with more rows; pairs in multiples of 16. */
 #ifdef __AMX_BF16__
-INLINE void product_of_tiles(float *c, int64_t c_stride, int is_added, const bf16 *a, int64_t a_stride,
-                             const uint32_t *b, int64_t num_pairs) {
-    int64_t c_bytes = c_stride * sizeof *c, a_bytes = a_stride * sizeof *a, b_bytes = NUM_TOGETHER * sizeof *b;
+/* The same. Loading tiles is what takes time, so those of `b` stay while all rows pass by. */
+static void product_of_tiles(float *c, int is_added, const bf16 *a, int64_t a_stride, const uint32_t *b,
+                             int64_t num_pairs, int64_t num_rows) {
+    int64_t a_bytes = a_stride * sizeof *a, row_bytes = NUM_TOGETHER * sizeof *b;
     BEFORE_TILES();
-    if (is_added) {
-        _tile_loadd(0, c, c_bytes);
-        _tile_loadd(1, c + LANES, c_bytes);
-        _tile_loadd(2, c + 2 * LANES, c_bytes);
-        _tile_loadd(3, c + 3 * LANES, c_bytes);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+    for (int64_t p = 0; p < num_pairs; p += 2 * LANES, a += 4 * LANES, b += 2 * LANES * NUM_TOGETHER, is_added = 1) {
+        int has_two = p + LANES < num_pairs;
+        _tile_loadd(4, b, row_bytes);
+        _tile_loadd(5, b + LANES, row_bytes);
+        if (has_two) {
+            _tile_loadd(6, b + LANES * NUM_TOGETHER, row_bytes);
+            _tile_loadd(7, b + LANES * NUM_TOGETHER + LANES, row_bytes);
+        }
+        for (int64_t r = 0; r < num_rows; r += LANES) {
+            float *sums = c + r * NUM_TOGETHER;
+            if (is_added) {
+                _tile_loadd(0, sums, row_bytes);
+                _tile_loadd(1, sums + LANES, row_bytes);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+            }
+            _tile_loadd(2, a + r * a_stride, a_bytes);
+            _tile_dpbf16ps(0, 2, 4);
+            _tile_dpbf16ps(1, 2, 5);
+            if (has_two) {
+                _tile_loadd(3, a + r * a_stride + 2 * LANES, a_bytes);
+                _tile_dpbf16ps(0, 3, 6);
+                _tile_dpbf16ps(1, 3, 7);
+            }
+            _tile_stored(0, sums, row_bytes);
+            _tile_stored(1, sums + LANES, row_bytes);
+        }
     }
-    for (int64_t p = 0; p < num_pairs; p += 16) {
-        const uint32_t *columns = b + p * NUM_TOGETHER;
-        _tile_loadd(4, a + 2 * p, a_bytes);
-        _tile_loadd(5, columns, b_bytes);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, columns + LANES, b_bytes);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, columns + 2 * LANES, b_bytes);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, columns + 3 * LANES, b_bytes);
-        _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + LANES, c_bytes);
-    _tile_stored(2, c + 2 * LANES, c_bytes);
-    _tile_stored(3, c + 3 * LANES, c_bytes);
+    BEFORE_TILES();
 }
 #else
 #define product_of_tiles product_of_vectors
@@ -97,145 +103,174 @@ INLINE void transpose(__m512i out[LANES], __m512i x[LANES]) {
 
 INLINE uint32_t first_bits(int64_t num) { return num >= 32 ? ~0u : num > 0 ? (1u << num) - 1 : 0; }
 
-/* Pairs along the head of 64 keys, of which `num` are there: [padded / 2, 64]. */
-INLINE void pack_keys(uint32_t *packed, const bf16 *keys, int64_t num, int64_t size, int64_t padded) {
-    for (int64_t i = 0; i < padded / 2; i += LANES)
-        for (int64_t j = 0; j < NUM_TOGETHER; j += LANES) {
-            __m512i rows[LANES], columns[LANES];
-            for (int64_t r = 0; r < LANES; r++)
-                rows[r] = _mm512_maskz_loadu_epi32(j + r < num ? first_bits(size / 2 - i) : 0,
-                                                   keys + (j + r) * size + 2 * i);
-            transpose(columns, rows);
-            for (int64_t c = 0; c < LANES; c++) _mm512_storeu_si512(packed + (i + c) * NUM_TOGETHER + j, columns[c]);
-        }
-}
-
-/* Pairs of neighbouring values of 128 keys, of which `num` are there: [columns / 64, 64, 64]. */
-INLINE void pack_values(uint32_t *packed, const bf16 *values, int64_t num, int64_t size) {
-    for (int64_t c = 0; c < size; c += NUM_TOGETHER)
-        for (int64_t j = 0; j < NUM_KEYS; j += 2, packed += NUM_TOGETHER)
-            for (int64_t v = 0; v < NUM_TOGETHER; v += LANES) {
-                const bf16 *at = values + j * size + c + v;
-                uint32_t seen = first_bits(size - c - v);
-                __m256i first = _mm256_maskz_loadu_epi16(j < num ? seen : 0, at);
-                __m256i second = _mm256_maskz_loadu_epi16(j + 1 < num ? seen : 0, at + size);
-                __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
-                _mm512_storeu_si512(packed + v, _mm512_or_si512(_mm512_cvtepu16_epi32(first), high));
-            }
-}
-
-/* 2^x, by a polynomial fitted to x from -0.5 to 0.5, of the lanes in `seen`, else 0; the relative error is below
-   3e-6. */
-INLINE __m512 exp2_of(__m512 x, __mmask16 seen) {
+/* 2^x, by a polynomial fitted to x from -0.5 to 0.5; the relative error is below 1e-4, a tenth of a bf16's. */
+INLINE __m512 exp2_of(__m512 x) {
     __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = _mm512_sub_ps(x, r);
-    __m512 p = _mm512_set1_ps(0.00956052f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05591712f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24024982f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69312196f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99999919f));
-    return _mm512_maskz_scalef_ps(seen, p, n);
+    __m512 p = _mm512_set1_ps(0.05517167f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24261113f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69326099f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992807f));
+    return _mm512_scalef_ps(p, n);
 }
 
-/* A query and what it has seen of its keys. */
+/* 32 queries of one key head, and what they have seen of its keys. */
 typedef struct {
-    int64_t last; /* of the keys that it sees */
-    float most;   /* as a power of 2, what weights are divided by */
-    __m512 total; /* of the weights, over the lanes */
-} Query;
+    uint32_t pairs[MAX_SIZE / 2 * NUM_TOGETHER]; /* along the head */
+    float sums[MAX_SIZE * NUM_TOGETHER];         /* [columns, 32]: of values by weights */
+    __m512 most[2], total[2];                    /* as a power of 2, what weights are divided by; their sum */
+    int32_t last[NUM_TOGETHER];                  /* of the keys that each sees */
+} Group;
 
-/* Queries of one key head. */
 typedef struct {
-    Query queries[MAX_ROWS];
-    bf16 rows[MAX_ROWS * MAX_SIZE];        /* [num, padded size] */
-    float sums[MAX_ROWS * MAX_SIZE];       /* [num, columns]: of values by weights */
-    int64_t num, together;                 /* a multiple of those that are multiplied together */
-    int64_t size, padded, columns, window; /* the second and third are the size in multiples of 32 and 64 */
-    float scale;                           /* of scores as powers of 2 */
+    Group groups[MAX_GROUPS];
+    int64_t num_groups, size, padded, columns, window; /* the second and third are the size in multiples of 32 and 16 */
+    float scale;                                       /* of scores as powers of 2 */
 } Queries;
 
-/* Pairs of a block of keys and values. */
 typedef struct {
-    uint32_t keys[MAX_SIZE / 2 * NUM_KEYS], values[MAX_SIZE / 2 * NUM_KEYS];
-    int64_t start; /* number of the first */
+    const bf16 *keys; /* [keys, padded size]: those in the cache, or these */
+    bf16 padded[NUM_KEYS * MAX_SIZE];
+    bf16 values[MAX_SIZE * NUM_KEYS]; /* [columns, keys] */
+    int64_t start;                    /* number of the first */
 } Block;
 
-/* 2^(scale * scores) of one query in bf16, divided, for keys from `first` to `last` of the first `num_vectors` of the
-   block; how much of the sums up to now is kept. What weights are divided by stays as long as they do not grow too
-   large (the rule of FlashAttention-4), so that hardly any block scales the sums. */
-INLINE float weigh(bf16 *weights, const float *scores, Query *q, float scale, int64_t first, int64_t last,
-                   int num_vectors) {
-    __m512 x[NUM_KEYS / LANES], highest = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale);
-    __mmask16 seen[NUM_KEYS / LANES];
-    float kept = 1;
-    for (int v = 0; v < num_vectors; v++) {
-        seen[v] = first_bits(last + 1 - v * LANES) & ~first_bits(first - v * LANES);
-        x[v] = _mm512_fmsub_ps(_mm512_loadu_ps(scores + v * LANES), factor, _mm512_set1_ps(q->most));
-        highest = _mm512_mask_max_ps(highest, seen[v], highest, x[v]);
+/* Pairs along the heads of 16 queries: [padded size / 2, 16 of 32]. */
+INLINE void pack_queries(uint32_t *pairs, const bf16 *const *queries, int64_t size) {
+    for (int64_t i = 0; i < size / 2; i += LANES) {
+        __m512i rows[LANES], columns[LANES];
+        for (int64_t r = 0; r < LANES; r++)
+            rows[r] = _mm512_maskz_loadu_epi32(first_bits(size / 2 - i), queries[r] + 2 * i);
+        transpose(columns, rows);
+        for (int64_t c = 0; c < LANES; c++) _mm512_storeu_si512(pairs + (i + c) * NUM_TOGETHER, columns[c]);
     }
-    if (_mm512_cmp_ps_mask(highest, _mm512_set1_ps(MOST_GROWTH), _CMP_GT_OQ)) {
-        highest = _mm512_set1_ps(-INFINITY);
-        for (int v = 0; v < num_vectors; v++) {
-            x[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + v * LANES), factor);
-            highest = _mm512_mask_max_ps(highest, seen[v], highest, x[v]);
+}
+
+/* [columns, keys] of a block's values, of which `num` are there, and zeros behind them. */
+INLINE void pack_values(bf16 *packed, const bf16 *values, int64_t num, int64_t size) {
+    for (int64_t c = 0; c < size; c += LANES)
+        for (int64_t j = 0; j < NUM_KEYS; j += 2 * LANES) {
+            __m512i rows[LANES], columns[LANES];
+            __mmask16 seen = first_bits(size - c);
+            for (int64_t r = 0; r < LANES; r++) {
+                const bf16 *at = values + (j + 2 * r) * size + c;
+                __m256i first = _mm256_maskz_loadu_epi16(j + 2 * r < num ? seen : 0, at);
+                __m256i second = _mm256_maskz_loadu_epi16(j + 2 * r + 1 < num ? seen : 0, at + size);
+                __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+                rows[r] = _mm512_or_si512(_mm512_cvtepu16_epi32(first), high);
+            }
+            transpose(columns, rows);
+            for (int64_t i = 0; i < LANES; i++) _mm512_storeu_si512(packed + (c + i) * NUM_KEYS + j, columns[i]);
         }
-        float now = _mm512_reduce_max_ps(highest);
-        for (int v = 0; v < num_vectors; v++) x[v] = _mm512_sub_ps(x[v], _mm512_set1_ps(now));
-        kept = exp2f(q->most - now);
-        q->most = now;
-        q->total = _mm512_mul_ps(q->total, _mm512_set1_ps(kept));
-    }
-    for (int v = 0; v < num_vectors; v++) {
-        x[v] = exp2_of(x[v], seen[v]);
-        q->total = _mm512_add_ps(q->total, x[v]);
-        _mm256_storeu_si256((__m256i *)(weights + v * LANES), (__m256i)_mm512_cvtneps_pbh(x[v]));
-    }
-    return kept;
 }
 
-INLINE void product(float *c, int64_t c_stride, int is_added, const bf16 *a, int64_t a_stride, const uint32_t *b,
-                    int64_t num_pairs, int64_t together) {
-    if (together == NUM_ROWS) product_of_tiles(c, c_stride, is_added, a, a_stride, b, num_pairs);
-    else product_of_vectors(c, c_stride, is_added, a, a_stride, b, num_pairs);
+/* A block, of which `num` keys and values are there. */
+static void pack_block(Block *block, const bf16 *keys, const bf16 *values, int64_t num, int64_t size, int64_t padded) {
+    if (num >= NUM_KEYS) pack_values(block->values, values, NUM_KEYS, size);
+    else pack_values(block->values, values, num, size);
+    block->keys = keys;
+    if (num >= NUM_KEYS && size == padded) return;
+    block->keys = block->padded;
+    for (int64_t j = 0; j < NUM_KEYS; j++)
+        for (int64_t i = 0; i < padded; i += 2 * LANES)
+            _mm512_storeu_si512(block->padded + j * padded + i,
+                                _mm512_maskz_loadu_epi16(j < num ? first_bits(size - i) : 0, keys + j * size + i));
 }
 
-/* Adds to some queries together, from `from` on, what they see in the first halves of a block. */
-INLINE void attend_block(Queries *all, int64_t from, const Block *block, int num_halves) {
-    float scores[NUM_ROWS][NUM_KEYS], *sums = all->sums + from * all->columns;
-    bf16 weights[NUM_ROWS][NUM_KEYS];
-    int64_t num_pairs = all->padded / 2;
-    for (int h = 0; h < num_halves; h++)
-        product(scores[0] + h * NUM_TOGETHER, NUM_KEYS, 0, all->rows + from * all->padded, all->padded,
-                block->keys + h * num_pairs * NUM_TOGETHER, num_pairs, all->together);
-    for (int64_t r = 0; r < all->together; r++) {
-        Query *q = all->queries + from + r;
-        int64_t last = q->last - block->start, first = all->window ? last + 1 - all->window : 0;
-        float kept = weigh(weights[r], scores[r], q, all->scale, first, last, num_halves * NUM_TOGETHER / LANES);
-        if (kept != 1)
-            for (int64_t i = 0; i < all->columns; i++) sums[r * all->columns + i] *= kept;
+/* Pairs of bf16, to nearest, of positive numbers. */
+INLINE __m512i pairs_of(__m512 first, __m512 second) {
+    __m512i half = _mm512_set1_epi32(0x8000), low = _mm512_add_epi32((__m512i)first, half);
+    __m512i high = _mm512_add_epi32((__m512i)second, half);
+    return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(0xffff0000)));
+}
+
+/* Which of 16 queries see a key. */
+INLINE __mmask16 seers(__m512i last, int64_t key, int64_t window) {
+    __mmask16 seen = _mm512_cmpge_epi32_mask(last, _mm512_set1_epi32(key));
+    return window ? seen & _mm512_cmplt_epi32_mask(last, _mm512_set1_epi32(key + window)) : seen;
+}
+
+/* Pairs of weights, 2^(scale * scores) divided, of keys from `start` on for 16 queries, by their scores [keys, 32].
+   What weights are divided by stays as long as they do not grow too large (the rule of FlashAttention-4), so that
+   hardly any block scales the sums. */
+INLINE void weigh(uint32_t *pairs, const float *scores, Group *g, int v, const Queries *all, int64_t start,
+                  int64_t num_keys, int are_all_seen) {
+    __m512 highest = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(all->scale);
+    __m512i last = _mm512_loadu_si512(g->last + v * LANES);
+    __mmask16 seen = -1;
+    for (int64_t k = 0; k < num_keys; k++) {
+        if (!are_all_seen) seen = seers(last, start + k, all->window);
+        highest = _mm512_mask_max_ps(highest, seen, highest, _mm512_loadu_ps(scores + k * NUM_TOGETHER));
     }
-    for (int64_t c = 0; c < all->columns; c += NUM_TOGETHER)
-        product(sums + c, all->columns, 1, weights[0], NUM_KEYS, block->values + c * NUM_KEYS / 2,
-                num_halves * NUM_TOGETHER / 2, all->together);
+    highest = _mm512_mul_ps(highest, scale);
+    __mmask16 grown = _mm512_cmp_ps_mask(highest, _mm512_add_ps(g->most[v], _mm512_set1_ps(MOST_GROWTH)), _CMP_GT_OQ);
+    if (grown) {
+        __m512 kept = _mm512_mask_mov_ps(_mm512_set1_ps(1), grown, exp2_of(_mm512_sub_ps(g->most[v], highest)));
+        g->most[v] = _mm512_mask_mov_ps(g->most[v], grown, highest);
+        g->total[v] = _mm512_mul_ps(g->total[v], kept);
+        for (int64_t c = 0; c < all->columns; c++) {
+            float *sums = g->sums + c * NUM_TOGETHER + v * LANES;
+            _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), kept));
+        }
+    }
+    for (int64_t k = 0; k < num_keys; k += 2, pairs += NUM_TOGETHER) {
+        __m512 x[2];
+        for (int i = 0; i < 2; i++) {
+            x[i] = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (k + i) * NUM_TOGETHER), scale, g->most[v]));
+            if (!are_all_seen) x[i] = _mm512_maskz_mov_ps(seers(last, start + k + i, all->window), x[i]);
+        }
+        g->total[v] = _mm512_add_ps(g->total[v], _mm512_add_ps(x[0], x[1]));
+        _mm512_storeu_si512(pairs, pairs_of(x[0], x[1]));
+    }
+}
+
+INLINE void product(float *c, int is_added, const bf16 *a, int64_t a_stride, const uint32_t *b, int64_t num_pairs,
+                    int64_t num_rows) {
+    if (may_use_tiles()) product_of_tiles(c, is_added, a, a_stride, b, num_pairs, num_rows);
+    else product_of_vectors(c, is_added, a, a_stride, b, num_pairs, num_rows);
+}
+
+/* Adds to a group what it sees in the first keys of a block. */
+static void attend_block(const Queries *all, Group *g, const Block *block, int64_t num_keys, int are_all_seen) {
+    float scores[NUM_KEYS * NUM_TOGETHER];
+    uint32_t weights[NUM_KEYS / 2 * NUM_TOGETHER];
+    product(scores, 0, block->keys, all->padded, g->pairs, all->padded / 2, num_keys);
+    for (int v = 0; v < 2; v++) {
+        uint32_t *pairs = weights + v * LANES;
+        if (are_all_seen) weigh(pairs, scores + v * LANES, g, v, all, block->start, num_keys, 1);
+        else weigh(pairs, scores + v * LANES, g, v, all, block->start, num_keys, 0);
+    }
+    product(g->sums, 1, block->values, NUM_KEYS, weights, num_keys / 2, all->columns);
 }
 
 /* All queries over all of their keys, from `first` to `last`, block by block. */
 static void attend_keys(Queries *all, const bf16 *keys, const bf16 *values, int64_t first, int64_t last) {
     Block block;
-    for (int64_t start = block.start = first; start <= last; start = block.start += NUM_KEYS) {
-        int64_t left = last + 1 - start;
-        for (int64_t j = 0; j < NUM_KEYS && j < left; j += NUM_TOGETHER)
-            pack_keys(block.keys + j * all->padded / 2, keys + (start + j) * all->size, left - j, all->size,
-                      all->padded);
-        pack_values(block.values, values + start * all->size, left, all->size);
-        for (int64_t from = 0; from < all->num; from += all->together) {
-            Query *q = all->queries + from;
-            int64_t seen = q->last, begun = q->last;
-            for (int r = 0; r < all->together; r++)
-                seen = q[r].last > seen ? q[r].last : seen, begun = q[r].last < begun ? q[r].last : begun;
-            if (start > seen || (all->window && start + NUM_KEYS <= begun + 1 - all->window)) continue;
-            if (seen - start < NUM_TOGETHER) attend_block(all, from, &block, 1);
-            else attend_block(all, from, &block, NUM_HALVES);
+    for (block.start = first; block.start <= last; block.start += NUM_KEYS) {
+        int64_t start = block.start;
+        const bf16 *first_key = keys + start * all->size, *first_value = values + start * all->size;
+        pack_block(&block, first_key, first_value, last + 1 - start, all->size, all->padded);
+        for (Group *g = all->groups; g < all->groups + all->num_groups; g++) {
+            int64_t most = g->last[0], least = g->last[0];
+            for (int i = 0; i < NUM_TOGETHER; i++)
+                most = g->last[i] > most ? g->last[i] : most, least = g->last[i] < least ? g->last[i] : least;
+            if (start > most || (all->window && start + NUM_KEYS <= least + 1 - all->window)) continue;
+            int64_t num_keys = most + 1 - start < NUM_KEYS ? (most + 1 - start + 31) / 32 * 32 : NUM_KEYS;
+            int are_all_seen = start + num_keys <= least + 1 && (!all->window || start > most - all->window);
+            attend_block(all, g, &block, num_keys, are_all_seen);
         }
+    }
+}
+
+/* What 16 queries of a group attended to, divided by the sum of its weights. */
+static void put(bf16 *const *out, const Group *g, int64_t v, int64_t num, int64_t size) {
+    __m512 scale = _mm512_div_ps(_mm512_set1_ps(1), g->total[v]);
+    for (int64_t c = 0; c < size; c += LANES) {
+        __m512i columns[LANES], rows[LANES];
+        for (int64_t i = 0; i < LANES; i++)
+            columns[i] = (__m512i)_mm512_mul_ps(_mm512_loadu_ps(g->sums + (c + i) * NUM_TOGETHER + v * LANES), scale);
+        transpose(rows, columns);
+        for (int64_t r = 0; r < num; r++)
+            _mm256_mask_storeu_epi16(out[r] + c, first_bits(size - c), (__m256i)_mm512_cvtneps_pbh((__m512)rows[r]));
     }
 }
 
@@ -243,36 +278,36 @@ static void attend_keys(Queries *all, const bf16 *keys, const bf16 *values, int6
 static void attend_part(const Heads *heads, const bf16 *keys, const bf16 *values, int64_t first, int64_t start,
                         int64_t from, int64_t end, int64_t h) {
     Queries all;
-    int64_t size = heads->size, group = heads->num_heads / heads->num_kv, count = group * (end - from), num = 0;
+    int64_t size = heads->size, per_key = heads->num_heads / heads->num_kv, num = per_key * (end - from);
+    const bf16 *queries[MAX_GROUPS * NUM_TOGETHER];
+    bf16 *out[MAX_GROUPS * NUM_TOGETHER];
     all.size = size, all.window = heads->window, all.scale = heads->scale * 1.44269504;
-    all.columns = (size + NUM_TOGETHER - 1) / NUM_TOGETHER * NUM_TOGETHER, all.padded = (size + 31) / 32 * 32;
-    all.together = may_use_tiles() ? NUM_ROWS : NUM_FEW_ROWS;
-    all.num = (count + all.together - 1) / all.together * all.together;
-    memset(all.sums, 0, all.num * all.columns * sizeof *all.sums);
-    memset(all.rows, 0, all.num * all.padded * sizeof *all.rows);
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t t = from; t < end; t++, num++) {
-            all.queries[num] = (Query){start + t, -1e30f, _mm512_setzero_ps()};
-            const bf16 *query = heads->query + (first + t) * heads->q_stride + (h * group + g) * size;
-            memcpy(all.rows + num * all.padded, query, size * sizeof *query);
-        }
-    for (; num < all.num; num++) all.queries[num] = all.queries[num - 1]; /* that nobody looks at */
+    all.columns = (size + LANES - 1) / LANES * LANES, all.padded = (size + 31) / 32 * 32;
+    all.num_groups = (num + NUM_TOGETHER - 1) / NUM_TOGETHER;
+    for (int64_t i = 0; i < all.num_groups * NUM_TOGETHER; i++) {
+        int64_t q = i < num ? i : num - 1, t = from + q % (end - from), head = h * per_key + q / (end - from);
+        queries[i] = heads->query + (first + t) * heads->q_stride + head * size;
+        out[i] = heads->out + ((first + t) * heads->num_heads + head) * size;
+        all.groups[i / NUM_TOGETHER].last[i % NUM_TOGETHER] = start + t;
+    }
+    for (int64_t i = 0; i < 2 * all.num_groups; i++) {
+        Group *g = all.groups + i / 2;
+        pack_queries(g->pairs + i % 2 * LANES, queries + i * LANES, size);
+        if (i % 2) memset(g->sums, 0, all.columns * NUM_TOGETHER * sizeof *g->sums);
+        g->most[i % 2] = _mm512_set1_ps(-1e30f), g->total[i % 2] = _mm512_setzero_ps();
+    }
     int64_t begin = all.window && start + from >= all.window ? start + from - all.window + 1 : 0;
-    shape_tiles(2 * NUM_ROWS);
+    shape_tiles(2 * LANES);
     attend_keys(&all, keys, values, begin, start + end - 1);
     release_tiles();
-    for (int64_t r = 0; r < count; r++) {
-        int64_t t = first + from + r % (end - from), g = r / (end - from);
-        bf16 *o = heads->out + (t * heads->num_heads + h * group + g) * size;
-        float total = _mm512_reduce_add_ps(all.queries[r].total);
-#pragma omp simd
-        for (int64_t i = 0; i < size; i++) o[i] = narrow(all.sums[r * all.columns + i] / total);
-    }
+    for (int64_t i = 0; i * LANES < num; i++)
+        put(out + i * LANES, all.groups + i / 2, i % 2, num - i * LANES < LANES ? num - i * LANES : LANES, size);
 }
 
 void attend_prompt(const Heads *heads, bf16 *keys, bf16 *values, int64_t capacity, int64_t first, int64_t start,
                    int64_t num) {
-    int64_t size = heads->size, head = capacity * size, step = MAX_ROWS * heads->num_kv / heads->num_heads;
+    int64_t size = heads->size, head = capacity * size;
+    int64_t step = MAX_GROUPS * NUM_TOGETHER * heads->num_kv / heads->num_heads;
     step = (num + 1) / 2 < step ? (num + 1) / 2 : step; /* so that short pieces, too, occupy several threads */
 #pragma omp for collapse(2)
     for (int64_t t = 0; t < num; t++)
