@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 from typing import Any
 
@@ -57,12 +58,24 @@ def load_adapter(ref: AdapterRef, layers: dict[str, Linear]) -> LoadedAdapter:
 
 
 def _together(factors: dict[str, Factors]) -> dict[str, Factors]:
-    """The same in one piece of memory: in hundreds of pieces, what is freed around them stays as gaps."""
+    """The same in one piece of memory."""
     parts = [part for of_layer in factors.values() for part in (of_layer.down, of_layer.up)]
-    copies = torch.cat([part.flatten() for part in parts]).split([part.numel() for part in parts])
+    sizes = [part.numel() for part in parts]
+    copies = torch.cat([part.flatten() for part in parts], out=_room(sum(sizes), like=parts[0])).split(sizes)
     views = [copy.view(part.shape) for copy, part in zip(copies, parts, strict=True)]
     pairs = zip(views[::2], views[1::2], strict=True)
     return {name: Factors(*pair, of_layer.gain) for (name, of_layer), pair in zip(factors.items(), pairs, strict=True)}
+
+
+def _room(num: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised [num]. On a CPU pages of its own, given back when it is dropped: among other things, those that
+    come and go would leave gaps as large as they are."""
+    if not like.is_cpu:
+        return like.new_empty(num)
+    pages = mmap.mmap(-1, num * like.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # a step reads all of it: fewer pages to look up
+    return torch.frombuffer(pages, dtype=like.dtype)
 
 
 def _module_name(ref: AdapterRef, key: str) -> str:

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 
@@ -25,7 +26,7 @@ _SOURCES = [
 ]
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
 _FLAGS = (
-    "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC -shared"
+    "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC"
     " -Wl,-Bsymbolic"
 )
 _X86_FLAGS = ["-mprefer-vector-width=512"]
@@ -56,16 +57,27 @@ def _load(*flags: str) -> CpuKernels | None:
     more = _X86_FLAGS if platform.machine() == "x86_64" else []
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        command = [compiler, *_FLAGS.split(), *more, *flags, "-o", str(library), *map(str, _SOURCES)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            log.warning("gcc failed, bf16 models run without kernels of our own: %s", done.stderr)
+        if errors := _compile([compiler, *_FLAGS.split(), *more, *flags], library):
+            log.warning("gcc failed, bf16 models run without kernels of our own: %s", errors)
             return None
         try:
             return CpuKernels(str(library))
         except OSError as error:  # a temporary folder from which nothing may be run
             log.warning("bf16 models run without kernels of our own: %s", error)
             return None
+
+
+def _compile(command: list[str], library: Path) -> str:
+    """All sources at the same time; returns what went wrong."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        return done.stderr or f"exit code {done.returncode}" if done.returncode else ""
+
+    objects = [library.with_name(f"{source.stem}.o") for source in _SOURCES]
+    with ThreadPoolExecutor() as pool:
+        errors = pool.map(lambda each: run("-c", str(each[0]), "-o", str(each[1])), zip(_SOURCES, objects, strict=True))
+    return "".join(errors) or run("-shared", *map(str, objects), "-o", str(library))
 
 
 class _Heads(Structure):
