@@ -119,6 +119,7 @@ def memory(setup: Setup) -> dict[str, float]:
         at_resident = _replica_bytes(server)
         _call(setup, server, names[NUM_RESIDENT:])
         at_end = _replica_bytes(server)
+        _await_metric(server, "engine_resident_adapters", NUM_RESIDENT)  # not while one takes another's place
         num_resident = _metric(server, "engine_resident_adapters")
     weights = (folders[0] / "adapter_model.safetensors").stat().st_size
     return {
