@@ -139,7 +139,9 @@ def test_attention_of_any_tokens(
     assert (out[[1, 5, 7]] == 7).all()
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 1, 20), (32, 1, 96)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 1, 20), (32, 1, 96), (2, 1, 256)]
+)
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("start", "num"), [(0, 1), (0, 70), (5, 64), (230, 7), (100, 200)])
 @by_all_instructions
@@ -151,12 +153,14 @@ def test_attention_of_a_piece(
         pytest.skip("without products of bf16")
     cache = bf16(2, num_kv_heads, 300, size)
     cache[:, :, start + num :] = float("nan")
+    cache[:, :, : max(0, start + 1 - window) if window else 0] = float("nan")
     q, k, v = bf16(num, num_heads + 2 * num_kv_heads, size).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     expected_cache, out = cache.clone(), torch.empty(num, num_heads, size).bfloat16()
     expected_cache[:, :, start : start + num] = torch.stack((k, v)).transpose(1, 2)
     kernels.attend_piece(out, q, k, v, cache, start, scale=0.3, window=window)
     assert torch.equal(cache.nan_to_num(9), expected_cache.nan_to_num(9))
-    keys, values = expected_cache[:, :, : start + num].float().repeat_interleave(num_heads // num_kv_heads, dim=1)
+    seen = expected_cache[:, :, : start + num].float().nan_to_num()
+    keys, values = seen.repeat_interleave(num_heads // num_kv_heads, dim=1)
     distance = torch.arange(start, start + num)[:, None] - torch.arange(start + num)
     unseen = (distance < 0) | (distance >= (window or 10**6))
     scores = (0.3 * q.float().transpose(0, 1) @ keys.transpose(1, 2)).masked_fill(unseen, float("-inf"))

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,13 +69,13 @@ def _together(factors: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _room(num: int, like: torch.Tensor) -> torch.Tensor:
-    """Uninitialised [num]. On a CPU pages of its own, given back when it is dropped: among other things, those that
-    come and go would leave gaps as large as they are."""
+    """[num] to be written. On a CPU pages of its own, given back when it is dropped: blocks that come and go between
+    those of others would leave gaps as large as they are."""
     if not like.is_cpu:
         return like.new_empty(num)
-    pages = mmap.mmap(-1, num * like.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # a step reads all of it: fewer pages to look up
+    pages = mmap.mmap(-1, num * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel without huge pages; a step reads all of it, so fewer pages to look up help
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype)
 
 

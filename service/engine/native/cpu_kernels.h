@@ -57,9 +57,9 @@ void attend_tokens(const Heads *heads, bf16 *cache, int64_t num_rows, int64_t ca
 void attend_prompt(const Heads *heads, bf16 *keys, bf16 *values, int64_t capacity, int64_t first, int64_t start,
                    int64_t num);
 
-/* Products of tiles, where a processor has them and the system allows them: tiles 0 to 3 are sums, 4 and 5 of up to 16
-   tokens each, 6 and 7 of 16 pairs of inputs. A thread shapes its tiles for a number of tokens up to 32, and releases
-   them before others may want another shape. */
+/* Products of tiles, where a processor has them and the system allows them. A thread shapes its tiles for a number of
+   tokens up to 32, and releases them before others may want another shape. For `multiply`, tiles 0 to 3 are sums, 4 and
+   5 of up to 16 tokens each, 6 and 7 of 16 pairs of inputs; with 32 tokens all have 16 rows, whatever they are for. */
 #define BEFORE_TILES() __asm__ volatile("" ::: "memory") /* gcc does not know what a load of tiles reads */
 int may_use_tiles(void);
 void shape_tiles(int64_t num_tokens);

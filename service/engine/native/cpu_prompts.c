@@ -8,9 +8,9 @@
 #ifdef __AVX512BF16__
 #define NUM_KEYS 128 /* of a block: that many share a maximum */
 #define LANES 16
-#define NUM_TOGETHER 32  /* queries of a product: two vectors or tiles */
+#define NUM_TOGETHER 32  /* queries of a product: two vectors or tiles; they are a group */
 #define NUM_ROWS 8       /* of a product, by vectors */
-#define MAX_GROUPS 12    /* of so many queries of a key head that share the packing of a block; 0.6 MB */
+#define MOST_TOGETHER 12    /* groups of a key head that share the packing of a block; 0.6 MB */
 #define MOST_GROWTH 8.0f /* of weights, as a power of 2, before sums are scaled anew */
 
 /* c [num_rows, 32], from 0 on or added to, of rows `a` and pairs `b` [pairs, 32]; rows and pairs in multiples of 16. */
@@ -78,7 +78,7 @@ static void product_of_tiles(float *c, int is_added, const bf16 *a, int64_t a_st
 #define product_of_tiles product_of_vectors
 #endif
 
-/* out[i][j] = x[j][i] of 16 x 16 pairs of bf16, by halves of vectors, then their quarters; x is used up. */
+/* out[i][j] = x[j][i] of 16 x 16 pairs of bf16, or floats, by halves of vectors, then their quarters; x is used up. */
 INLINE void transpose(__m512i out[LANES], __m512i x[LANES]) {
     __m512i y[LANES];
     for (int i = 0; i < LANES; i += 2) {
@@ -122,14 +122,14 @@ typedef struct {
 } Group;
 
 typedef struct {
-    Group groups[MAX_GROUPS];
-    int64_t num_groups, size, padded, columns, window; /* the second and third are the size in multiples of 32 and 16 */
+    Group groups[MOST_TOGETHER];
+    int64_t num_groups, size, padded, columns, window; /* padded and columns are the size in multiples of 32 and 16 */
     float scale;                                       /* of scores as powers of 2 */
 } Queries;
 
 typedef struct {
     const bf16 *keys; /* [keys, padded size]: those in the cache, or these */
-    bf16 padded[NUM_KEYS * MAX_SIZE];
+    bf16 copies[NUM_KEYS * MAX_SIZE];
     bf16 values[MAX_SIZE * NUM_KEYS]; /* [columns, keys] */
     int64_t start;                    /* number of the first */
 } Block;
@@ -165,14 +165,14 @@ INLINE void pack_values(bf16 *packed, const bf16 *values, int64_t num, int64_t s
 
 /* A block, of which `num` keys and values are there. */
 static void pack_block(Block *block, const bf16 *keys, const bf16 *values, int64_t num, int64_t size, int64_t padded) {
-    if (num >= NUM_KEYS) pack_values(block->values, values, NUM_KEYS, size);
+    if (num >= NUM_KEYS) pack_values(block->values, values, NUM_KEYS, size); /* a constant: nothing to compare */
     else pack_values(block->values, values, num, size);
     block->keys = keys;
     if (num >= NUM_KEYS && size == padded) return;
-    block->keys = block->padded;
+    block->keys = block->copies;
     for (int64_t j = 0; j < NUM_KEYS; j++)
         for (int64_t i = 0; i < padded; i += 2 * LANES)
-            _mm512_storeu_si512(block->padded + j * padded + i,
+            _mm512_storeu_si512(block->copies + j * padded + i,
                                 _mm512_maskz_loadu_epi16(j < num ? first_bits(size - i) : 0, keys + j * size + i));
 }
 
@@ -185,8 +185,9 @@ INLINE __m512i pairs_of(__m512 first, __m512 second) {
 
 /* Which of 16 queries see a key. */
 INLINE __mmask16 seers(__m512i last, int64_t key, int64_t window) {
-    __mmask16 seen = _mm512_cmpge_epi32_mask(last, _mm512_set1_epi32(key));
-    return window ? seen & _mm512_cmplt_epi32_mask(last, _mm512_set1_epi32(key + window)) : seen;
+    __m512i keys = _mm512_set1_epi32(key);
+    __mmask16 seen = _mm512_cmpge_epi32_mask(last, keys);
+    return window ? seen & _mm512_cmplt_epi32_mask(_mm512_sub_epi32(last, _mm512_set1_epi32(window)), keys) : seen;
 }
 
 /* Pairs of weights, 2^(scale * scores) divided, of keys from `start` on for 16 queries, by their scores [keys, 32].
@@ -250,12 +251,12 @@ static void attend_keys(Queries *all, const bf16 *keys, const bf16 *values, int6
         const bf16 *first_key = keys + start * all->size, *first_value = values + start * all->size;
         pack_block(&block, first_key, first_value, last + 1 - start, all->size, all->padded);
         for (Group *g = all->groups; g < all->groups + all->num_groups; g++) {
-            int64_t most = g->last[0], least = g->last[0];
+            int64_t late = g->last[0], early = g->last[0];
             for (int i = 0; i < NUM_TOGETHER; i++)
-                most = g->last[i] > most ? g->last[i] : most, least = g->last[i] < least ? g->last[i] : least;
-            if (start > most || (all->window && start + NUM_KEYS <= least + 1 - all->window)) continue;
-            int64_t num_keys = most + 1 - start < NUM_KEYS ? (most + 1 - start + 31) / 32 * 32 : NUM_KEYS;
-            int are_all_seen = start + num_keys <= least + 1 && (!all->window || start > most - all->window);
+                late = g->last[i] > late ? g->last[i] : late, early = g->last[i] < early ? g->last[i] : early;
+            if (start > late || (all->window && start + NUM_KEYS <= early + 1 - all->window)) continue;
+            int64_t num_keys = late + 1 - start < NUM_KEYS ? (late + 1 - start + 31) / 32 * 32 : NUM_KEYS;
+            int are_all_seen = start + num_keys <= early + 1 && (!all->window || start > late - all->window);
             attend_block(all, g, &block, num_keys, are_all_seen);
         }
     }
@@ -279,8 +280,8 @@ static void attend_part(const Heads *heads, const bf16 *keys, const bf16 *values
                         int64_t from, int64_t end, int64_t h) {
     Queries all;
     int64_t size = heads->size, per_key = heads->num_heads / heads->num_kv, num = per_key * (end - from);
-    const bf16 *queries[MAX_GROUPS * NUM_TOGETHER];
-    bf16 *out[MAX_GROUPS * NUM_TOGETHER];
+    const bf16 *queries[MOST_TOGETHER * NUM_TOGETHER];
+    bf16 *out[MOST_TOGETHER * NUM_TOGETHER];
     all.size = size, all.window = heads->window, all.scale = heads->scale * 1.44269504;
     all.columns = (size + LANES - 1) / LANES * LANES, all.padded = (size + 31) / 32 * 32;
     all.num_groups = (num + NUM_TOGETHER - 1) / NUM_TOGETHER;
@@ -290,14 +291,16 @@ static void attend_part(const Heads *heads, const bf16 *keys, const bf16 *values
         out[i] = heads->out + ((first + t) * heads->num_heads + head) * size;
         all.groups[i / NUM_TOGETHER].last[i % NUM_TOGETHER] = start + t;
     }
-    for (int64_t i = 0; i < 2 * all.num_groups; i++) {
-        Group *g = all.groups + i / 2;
-        pack_queries(g->pairs + i % 2 * LANES, queries + i * LANES, size);
-        if (i % 2) memset(g->sums, 0, all.columns * NUM_TOGETHER * sizeof *g->sums);
-        g->most[i % 2] = _mm512_set1_ps(-1e30f), g->total[i % 2] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < all.num_groups; i++) {
+        Group *g = all.groups + i;
+        memset(g->sums, 0, all.columns * NUM_TOGETHER * sizeof *g->sums);
+        for (int v = 0; v < 2; v++) {
+            pack_queries(g->pairs + v * LANES, queries + i * NUM_TOGETHER + v * LANES, size);
+            g->most[v] = _mm512_set1_ps(-1e30f), g->total[v] = _mm512_setzero_ps();
+        }
     }
     int64_t begin = all.window && start + from >= all.window ? start + from - all.window + 1 : 0;
-    shape_tiles(2 * LANES);
+    shape_tiles(2 * LANES); /* all of them full */
     attend_keys(&all, keys, values, begin, start + end - 1);
     release_tiles();
     for (int64_t i = 0; i * LANES < num; i++)
@@ -307,7 +310,7 @@ static void attend_part(const Heads *heads, const bf16 *keys, const bf16 *values
 void attend_prompt(const Heads *heads, bf16 *keys, bf16 *values, int64_t capacity, int64_t first, int64_t start,
                    int64_t num) {
     int64_t size = heads->size, head = capacity * size;
-    int64_t step = MAX_GROUPS * NUM_TOGETHER * heads->num_kv / heads->num_heads;
+    int64_t step = MOST_TOGETHER * NUM_TOGETHER * heads->num_kv / heads->num_heads;
     step = (num + 1) / 2 < step ? (num + 1) / 2 : step; /* so that short pieces, too, occupy several threads */
 #pragma omp for collapse(2)
     for (int64_t t = 0; t < num; t++)
