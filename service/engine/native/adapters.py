@@ -74,7 +74,7 @@ def _room(num: int, like: torch.Tensor) -> torch.Tensor:
     if not like.is_cpu:
         return like.new_empty(num)
     pages = mmap.mmap(-1, num * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # of a kernel without huge pages; a step reads all of it, so fewer pages to look up help
+    with suppress(AttributeError, OSError):  # no huge pages here; a step reads all of it, so they save look-ups
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype)
 

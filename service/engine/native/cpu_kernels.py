@@ -25,10 +25,7 @@ _SOURCES = [
     Path(__file__).with_name(f"cpu_{part}.c") for part in ("adapters", "attention", "layer", "linear", "prompts")
 ]
 # Sums may be reordered, which is what vectors of them need; infinities and NaN keep their meaning.
-_FLAGS = (
-    "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC"
-    " -Wl,-Bsymbolic"
-)
+_FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fPIC"
 _X86_FLAGS = ["-mprefer-vector-width=512"]
 _MAX_GROUP, _MAX_HEAD_SIZE = 32, 256  # as in cpu_kernels.h
 _NUM_SHORT = 64  # tokens, up to which a product is short
@@ -77,7 +74,7 @@ def _compile(command: list[str], library: Path) -> str:
     objects = [library.with_name(f"{source.stem}.o") for source in _SOURCES]
     with ThreadPoolExecutor() as pool:
         errors = pool.map(lambda each: run("-c", str(each[0]), "-o", str(each[1])), zip(_SOURCES, objects, strict=True))
-    return "".join(errors) or run("-shared", *map(str, objects), "-o", str(library))
+    return "".join(errors) or run("-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(library))
 
 
 class _Heads(Structure):

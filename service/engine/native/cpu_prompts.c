@@ -10,7 +10,7 @@
 #define LANES 16
 #define NUM_TOGETHER 32  /* queries of a product: two vectors or tiles; they are a group */
 #define NUM_ROWS 8       /* of a product, by vectors */
-#define MOST_TOGETHER 12    /* groups of a key head that share the packing of a block; 0.6 MB */
+#define MOST_TOGETHER 12 /* groups of a key head that share the packing of a block; 0.6 MB */
 #define MOST_GROWTH 8.0f /* of weights, as a power of 2, before sums are scaled anew */
 
 /* c [num_rows, 32], from 0 on or added to, of rows `a` and pairs `b` [pairs, 32]; rows and pairs in multiples of 16. */
@@ -72,7 +72,6 @@ static void product_of_tiles(float *c, int is_added, const bf16 *a, int64_t a_st
             _tile_stored(1, sums + LANES, row_bytes);
         }
     }
-    BEFORE_TILES();
 }
 #else
 #define product_of_tiles product_of_vectors
